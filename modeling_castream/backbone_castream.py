@@ -152,6 +152,8 @@ def build_backbone(config) -> nn.Module:
             raise ValueError(
                 f"stream_layers names the submodule {name!r}: stream_channels is needed to build its pooling."
             )
+        while isinstance(module, nn.ModuleList):  # such a list runs item by item: what comes out is its last one's
+            module = module[-1]
         module.register_forward_hook(partial(_capture, name))
     return backbone
 

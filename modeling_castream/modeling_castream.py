@@ -76,7 +76,7 @@ class CAStreamImageClassifierOutput(ModelOutput):
 
 
 def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32.
+    """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32 or better.
 
     With several heads the channels split into `num_heads` groups, and the scale stays that of all d_l channels, as in
     the authors' code.
@@ -91,7 +91,8 @@ def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: 
     batch_size, num_queries, num_channels = query.shape
     positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
     queries = query.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (batch, heads, queries, channels / heads)
-    scores = (queries @ positions).float() * num_channels**-0.5
+    scores = queries @ positions
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * num_channels**-0.5
     return scores.transpose(1, 2).reshape(batch_size, num_queries * num_heads, -1)
 
 
