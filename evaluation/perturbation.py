@@ -157,7 +157,7 @@ def insertion_images(
         points: which points of the curve, 0 (blurred image) .. num_steps (the image itself); None for all. The ends
             are the same for every map, so a caller with several maps can make them once.
 
-    Source: Petsiuk et al., RISE, arXiv:1806.07421, section 4.2, with the reference's step, blur and space.
+    Source: Petsiuk et al., RISE, arXiv:1806.07421, with the reference's step, blur and space.
     """
     _check_images(pixel_values)
     return transition_images(
@@ -199,7 +199,7 @@ def perturbation_images(
 
     Yields: as `transition_images`, nine points in all.
 
-    Source: Chefer et al., arXiv:2012.09838, section 4, as the CA-Stream reference computes it.
+    Source: Chefer et al., arXiv:2012.09838, as the CA-Stream reference computes it.
     """
     _check_images(images)
     start = normalize_images(images, mean, std)
