@@ -1,0 +1,202 @@
+"""What lies between an image and the stream: the frozen backbone and the feature maps the stream reads.
+
+`AutoBackbone` returns stage outputs. Three things stand between those and the maps a pretrained classifier really
+pools, and all three are settled here: norms that the backbone class adds and the classifier does not have, layers
+that the classifier has and the backbone class leaves out (the neck), and places inside a stage that a stream may
+want to read.
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AutoBackbone
+from transformers.activations import ACT2CLS, ACT2FN
+from transformers.utils.output_capturing import CompileableContextVar
+
+NECK = "neck"
+
+# Thread-safe store of the submodule outputs of the forward pass under way; None outside of one.
+_captured = CompileableContextVar("castream_captured_features")
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer norm over the channels of a (batch_size, num_channels, height, width) map."""
+
+    def forward(self, feature_map: torch.Tensor) -> torch.Tensor:
+        return super().forward(feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # channels last and back
+
+
+def build_layers(specs: list[dict], num_channels: int, spatial: bool, name: str) -> tuple[nn.Sequential, int]:
+    """Build a classifier's layers around the pooling from their description.
+
+    Args:
+        specs: one dictionary a layer: `{"type": "conv" | "linear", "out_channels": int, "bias": bool}`,
+            `{"type": "batch_norm" | "layer_norm", "eps": float}`,
+            `{"type": "group_norm", "num_groups": int, "eps": float}` or
+            `{"type": "activation", "function": name in transformers' ACT2FN}`.
+        num_channels: channels of the input.
+        spatial: whether the input is (batch_size, num_channels, height, width) or (batch_size, num_channels).
+        name: the config's field, for messages.
+
+    Returns:
+        The layers and the number of channels they end with.
+
+    Raises:
+        ValueError: on an unknown layer type or option.
+    """
+    layers = []
+    for spec in specs:
+        options = dict(spec)
+        kind = options.pop("type", None)
+        if kind in ("conv", "linear"):
+            out_channels, bias = options.pop("out_channels"), options.pop("bias", False)
+            layer = (
+                nn.Conv2d(num_channels, out_channels, 1, bias=bias)
+                if spatial
+                else nn.Linear(num_channels, out_channels, bias=bias)
+            )
+            num_channels = out_channels
+        elif kind == "batch_norm":
+            layer = (nn.BatchNorm2d if spatial else nn.BatchNorm1d)(num_channels, eps=options.pop("eps", 1e-5))
+        elif kind == "layer_norm":
+            layer = (LayerNorm2d if spatial else nn.LayerNorm)(num_channels, eps=options.pop("eps", 1e-6))
+        elif kind == "group_norm":
+            layer = nn.GroupNorm(options.pop("num_groups"), num_channels, eps=options.pop("eps", 1e-5))
+        elif kind == "activation" and options.get("function") in ACT2CLS:
+            layer = ACT2FN[options.pop("function")]
+        else:
+            raise ValueError(f"{name} has an unknown layer {spec}: see build_layers for the types and functions.")
+        if options:
+            raise ValueError(f"{name} has unknown options {sorted(options)} in layer {spec}.")
+        layers.append(layer)
+    return nn.Sequential(*layers), num_channels
+
+
+def _capture(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    captured = _captured.get()
+    if captured is not None:
+        captured[name] = output
+
+
+def _stage_names(backbone_config) -> list[str]:
+    """Names of all stages of a backbone, shallow to deep."""
+    if backbone_config.model_type != "timm_backbone":
+        return list(backbone_config.stage_names)
+    import timm  # timm knows a network's stages only once it is built
+
+    with torch.device("meta"):
+        info = timm.create_model(backbone_config.backbone, features_only=True).feature_info
+    return [stage["module"] for stage in info.info]
+
+
+def resolve_stream_layers(config) -> list[str]:
+    """Settle which layers the stream reads, and narrow `backbone_config` to the stages that this takes.
+
+    Writes `config.stream_layers` and the backbone's `out_features` (`out_indices` for timm).
+
+    Returns:
+        Names of the stages the backbone has to return, shallow to deep; the last one feeds the pooling (or the neck).
+
+    Raises:
+        ValueError: where the last of `config.stream_layers` is not the pooled feature map.
+    """
+    backbone_config, layers = config.backbone_config, config.stream_layers
+    is_timm = backbone_config.model_type == "timm_backbone"
+    names = _stage_names(backbone_config)
+    if layers is None:
+        stages = [names[index] for index in backbone_config.out_indices]
+        if len(stages) == 1 and config.variant == "stream":
+            stages = names
+        layers = [*stages[:-1], NECK if config.neck_layers else stages[-1]]
+        layers = layers[-1:] if config.variant == "final" else layers
+    else:
+        stages = [name for name in names if name in layers or (name == names[-1] and layers[-1] == NECK)]
+    pooled = NECK if config.neck_layers else (stages[-1] if stages else names[-1])
+    if layers[-1] != pooled:
+        raise ValueError(f"stream_layers must end with the pooled feature map {pooled!r}, got {layers}.")
+    config.stream_layers = layers
+    if is_timm:
+        backbone_config.out_indices = [names.index(name) for name in stages]
+    else:
+        backbone_config.out_features = stages
+    return stages
+
+
+def build_backbone(config) -> nn.Module:
+    """Build the backbone of a CAStreamConfig, behaving as the backbone of its family's classifier does.
+
+    Writes `config.stream_layers`, and `config.stream_channels` except for the neck, which is not built here.
+
+    Raises:
+        ValueError: on a stream layer that the backbone does not have, or whose number of channels is unknown.
+    """
+    stages = resolve_stream_layers(config)
+    backbone = AutoBackbone.from_config(config.backbone_config)
+    norms = getattr(backbone, "hidden_states_norms", nn.ModuleDict())  # an AutoBackbone's addition, untrained
+    for name, _ in list(norms.named_children()):
+        norms.add_module(name, nn.Identity())
+    if config.backbone_config.model_type == "swin":
+        _match_swin_windows(backbone)
+    for name in config.stream_layers:
+        if name in stages or name == NECK:
+            continue
+        try:
+            module = backbone.get_submodule(name)
+        except AttributeError:
+            raise ValueError(
+                f"stream_layers names {name!r}, which is neither a stage ({', '.join(backbone.stage_names)}) nor a "
+                f"submodule of {type(backbone).__name__}."
+            ) from None
+        if config.stream_channels is None:
+            raise ValueError(
+                f"stream_layers names the submodule {name!r}: stream_channels is needed to build its pooling."
+            )
+        while isinstance(module, nn.ModuleList):  # such a list runs item by item: what comes out is its last one's
+            module = module[-1]
+        module.register_forward_hook(partial(_capture, name))
+    return backbone
+
+
+def _match_swin_windows(backbone: nn.Module) -> None:
+    """Unshift the windows of stages no larger than one window, as Swin's classifier does and SwinBackbone does not."""
+    for layer in backbone.swin.encoder.layers:
+        for block in layer.blocks:
+            if min(block.input_resolution) <= block.window_size:
+                block.shift_size = 0
+
+
+def stage_channels(backbone: nn.Module) -> dict[str, int]:
+    """Number of channels of every stage of a backbone."""
+    return dict(zip(backbone.stage_names, backbone.num_features, strict=True))
+
+
+def read_feature_maps(
+    backbone: nn.Module, neck: nn.Module, config, pixel_values: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Run backbone and neck.
+
+    Args:
+        pixel_values: (batch_size, num_channels, height, width), normalised.
+
+    Returns:
+        The feature maps named by `config.stream_layers`, each (batch_size, num_channels_l, height_l, width_l), the
+        pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
+    """
+    captured = {}
+    token = _captured.set(captured)
+    try:
+        output = backbone(pixel_values, output_hidden_states=config.classifier_cls_token)
+    finally:
+        _captured.reset(token)
+    named = dict(zip(backbone.out_features, output.feature_maps, strict=True)) | captured
+    if is_channels_last(backbone):
+        named = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in named.items()}
+    named[NECK] = neck(named[backbone.out_features[-1]])
+    cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
+    return tuple(named[name] for name in config.stream_layers), cls_token
+
+
+def is_channels_last(backbone: nn.Module) -> bool:
+    """Whether a backbone yields (batch_size, height, width, num_channels): timm's Swin and its relatives."""
+    return getattr(getattr(backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC"

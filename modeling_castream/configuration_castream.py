@@ -1,0 +1,155 @@
+"""Configuration of CA-Stream models (arXiv:2404.14996)."""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+POOLINGS = ("ca", "gap")
+VARIANTS = ("stream", "final")
+INITS = ("gap", "reference")
+QUERIES = ("class_agnostic", "class_specific")
+
+# Layers that a family's own classifier puts between its last feature map and the pooling (neck) or between the pooling
+# and the linear classifier (head), and that its AutoBackbone leaves out.
+_FAMILY_NECK = {"swin": [{"type": "layer_norm", "eps_from": "layer_norm_eps"}]}
+_FAMILY_HEAD = {
+    "convnext": [{"type": "layer_norm", "eps_from": "layer_norm_eps"}],
+    "convnextv2": [{"type": "layer_norm", "eps_from": "layer_norm_eps"}],
+}
+
+
+@strict
+class CAStreamConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`CAStreamModel`] or [`CAStreamForImageClassification`].
+
+    Args:
+        backbone_config (`dict | PreTrainedConfig`, *optional*, defaults to a ResNet-50):
+            Configuration of any `AutoBackbone` that yields spatial feature maps, `TimmBackboneConfig` included. A
+            dictionary needs a `model_type`. It is copied, never changed in place.
+        pooling (`str`, defaults to `"ca"`):
+            What replaces the classifier's pooling: `"ca"`, the cross-attention stream, or `"gap"`, global average
+            pooling. Each call may override it: both live in one checkpoint.
+        variant (`str`, defaults to `"stream"`):
+            `"stream"` reads every depth, `"final"` the pooled feature map only.
+        stream_layers (`list[str]`, *optional*):
+            Where the stream reads, shallow to deep: names of backbone stages (`"stem"`, `"stage1"`, timm's `"layer1"`),
+            dotted names of backbone submodules (`"encoder.stages.1.downsampling_layer"`), and `"neck"`, the output of
+            `neck_layers`. The last one must be the pooled feature map. `None`: what `backbone_config.out_features`
+            names if that is more than one stage, else all stages (`variant="stream"`); the pooled feature map
+            (`variant="final"`). The model writes the list it used here.
+        stream_channels (`list[int]`, *optional*):
+            Number of channels at each of `stream_layers`. Needed where a layer is a submodule, known otherwise.
+        num_attention_heads (`int`, defaults to 1):
+            Heads of every pooling; each d_l must be divisible by it.
+        query (`str`, defaults to `"class_agnostic"`):
+            `"class_agnostic"`: one query for all classes. `"class_specific"`: one query a class, each followed through
+            the stream, and class c's logit read from its own token (the paper's ablation); one head only.
+        output_projection (`bool`, defaults to `True`):
+            Whether the last pooling is followed by its linear map W_L, as the inner ones always are.
+        init (`str`, defaults to `"gap"`):
+            `"gap"`: queries and inner maps zero, W_L the identity, so that the untrained stream equals GAP.
+            `"reference"`: q_0 ~ N(1, 1) and Xavier-uniform maps, as in the authors' code.
+        freeze_backbone (`bool`, defaults to `True`):
+            Keep backbone and neck without gradient and in eval mode, also after `from_pretrained` and `.train()`.
+        freeze_classifier (`bool`, defaults to `False`):
+            The same for the layers after the pooling.
+        neck_layers (`list[dict]`, *optional*):
+            Layers applied to the last feature map before pooling, e.g. EfficientNet's head convolution
+            `[{"type": "conv", "out_channels": 1280}, {"type": "batch_norm", "eps": 1e-5}]`;
+            the types are those of `build_layers`. `None`: what the backbone's own classifier has (Swin: a layer norm).
+            `[]`: none.
+        head_layers (`list[dict]`, *optional*):
+            Layers between the pooled vector and the linear classifier. `None`: what the backbone's own classifier has
+            (ConvNeXt: a layer norm). `[]`: none.
+        classifier_cls_token (`bool`, defaults to `False`):
+            Whether the classifier reads `[CLS token, pooled vector]` (DINOv2).
+
+    Raises:
+        ValueError: on a value outside the ones above, naming the argument, the value and what is allowed.
+
+    Example:
+
+    ```python
+    >>> from transformers import ResNetConfig
+    >>> from modeling_castream import CAStreamConfig, CAStreamForImageClassification
+
+    >>> config = CAStreamConfig(backbone_config=ResNetConfig(), num_labels=10)
+    >>> model = CAStreamForImageClassification(config)
+    ```
+    """
+
+    model_type = "castream"
+    sub_configs_defaults = {  # noqa: RUF012 - the name and the kind are PreTrainedConfig's
+        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", init_kwargs={})
+    }
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    pooling: str = "ca"
+    variant: str = "stream"
+    stream_layers: list[str] | None = None
+    stream_channels: list[int] | None = None
+    num_attention_heads: int = 1
+    query: str = "class_agnostic"
+    output_projection: bool = True
+    init: str = "gap"
+    freeze_backbone: bool = True
+    freeze_classifier: bool = False
+    neck_layers: list[dict] | None = None
+    head_layers: list[dict] | None = None
+    classifier_cls_token: bool = False
+
+    def __post_init__(self, **kwargs):
+        if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
+            raise ValueError(
+                "backbone_config is a dictionary without 'model_type': add it, e.g. {'model_type': 'resnet', ...}."
+            )
+        super().__post_init__(**kwargs)
+        # The model narrows out_features to what the stream reads; the caller's object must not feel that.
+        self.backbone_config = copy.deepcopy(self.backbone_config)
+        family = self.backbone_config.model_type
+        if self.neck_layers is None:
+            self.neck_layers = self._resolve_eps(_FAMILY_NECK.get(family, []))
+        if self.head_layers is None:
+            self.head_layers = self._resolve_eps(_FAMILY_HEAD.get(family, []))
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {label: index for index, label in self.id2label.items()}
+        # save_pretrained registers only the class being saved; the Hub's loader needs every entry.
+        self.auto_map = {
+            "AutoConfig": "configuration_castream.CAStreamConfig",
+            "AutoModel": "modeling_castream.CAStreamModel",
+            "AutoModelForImageClassification": "modeling_castream.CAStreamForImageClassification",
+        }
+
+    def _resolve_eps(self, layers: list[dict]) -> list[dict]:
+        """Replace `eps_from`, the name of a backbone option, by that option's value."""
+        return [{"type": layer["type"], "eps": getattr(self.backbone_config, layer["eps_from"])} for layer in layers]
+
+    def validate_architecture(self):
+        """Check the fields against each other. Called by the constructor.
+
+        Raises:
+            ValueError: naming the argument, the value and the remedy.
+        """
+        super().validate_architecture()
+        for name, allowed in (("pooling", POOLINGS), ("variant", VARIANTS), ("init", INITS), ("query", QUERIES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads must be at least 1, got {self.num_attention_heads}.")
+        if self.query == "class_specific" and self.num_attention_heads != 1:
+            raise ValueError(
+                f"query='class_specific' works with num_attention_heads=1, got {self.num_attention_heads}."
+            )
+        layers, channels = self.stream_layers, self.stream_channels
+        if layers is not None and (not layers or len(set(layers)) != len(layers)):
+            raise ValueError(f"stream_layers must name at least one layer and none twice, got {layers}.")
+        if self.variant == "final" and layers is not None and len(layers) != 1:
+            raise ValueError(f"variant='final' reads one layer, got stream_layers={layers}: use variant='stream'.")
+        if channels is not None and (layers is None or len(channels) != len(layers)):
+            raise ValueError(f"stream_channels needs one entry per stream_layers entry, got {channels} for {layers}.")
+
+
+__all__ = ["CAStreamConfig"]

@@ -1,0 +1,369 @@
+"""CA-Stream models: a stream of cross-attention poolings beside a frozen backbone (arXiv:2404.14996).
+
+Symbols of the paper and their names here, l = 0..L being the depths the stream reads:
+
+    q_l      query        (batch_size, num_queries, num_channels_l); one query, or one a class
+    F_l      feature_map  (batch_size, num_channels_l, height_l, width_l)
+    a_l      attention    (batch_size, num_queries * heads, height_l, width_l), softmax over positions
+    W_l, b_l projection   num_channels_l -> num_channels_{l+1}; the last one keeps num_channels_L
+
+    scores_l(p) = q_l . F_l(p) / sqrt(d_l)
+    a_l         = softmax_p scores_l
+    q_{l+1}     = W_l sum_p a_l(p) F_l(p) + b_l
+    logits      = classifier(q_{L+1})
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from .backbone_castream import NECK, build_backbone, build_layers, read_feature_maps, stage_channels
+from .configuration_castream import POOLINGS, CAStreamConfig
+
+
+@dataclass
+class CAStreamModelOutput(ModelOutput):
+    """
+    Output of [`CAStreamModel`].
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
+            The feature map that is pooled.
+        pooler_output (`torch.FloatTensor` of shape `(batch_size, num_channels)`):
+            q_{L+1} (`pooling="ca"`) or the mean over positions (`pooling="gap"`). With class-specific queries and
+            `pooling="ca"`, `(batch_size, num_labels, num_channels)`.
+        attention_maps (`tuple(torch.FloatTensor)`, one per block, `(batch_size, num_heads, height_l, width_l)`):
+            The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling. With
+            class-specific queries the second axis runs over the classes.
+        cls_token (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
+            The backbone's CLS token, where the classifier reads it.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
+            The feature maps that the blocks read.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    attention_maps: tuple[torch.FloatTensor, ...] | None = None
+    cls_token: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class CAStreamImageClassifierOutput(ModelOutput):
+    """
+    Output of [`CAStreamForImageClassification`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*, with `labels`):
+            Cross-entropy, or binary cross-entropy for `problem_type="multi_label_classification"`.
+        logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
+            Scores before softmax (single label) or sigmoid (multi-label).
+        attention_maps (`tuple(torch.FloatTensor)`, one per block, `(batch_size, num_heads, height_l, width_l)`):
+            The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling.
+        hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
+            The feature maps that the blocks read.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    attention_maps: tuple[torch.FloatTensor, ...] | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32 or better.
+
+    With several heads the channels split into `num_heads` groups, and the scale stays that of all d_l channels, as in
+    the authors' code.
+
+    Args:
+        query: (batch_size, num_queries, num_channels).
+        feature_map: (batch_size, num_channels, height, width).
+
+    Returns:
+        (batch_size, num_queries * num_heads, height * width).
+    """
+    batch_size, num_queries, num_channels = query.shape
+    positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
+    queries = query.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (batch, heads, queries, channels / heads)
+    scores = queries @ positions
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * num_channels**-0.5
+    return scores.transpose(1, 2).reshape(batch_size, num_queries * num_heads, -1)
+
+
+def attend(attention: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Weighted mean of a feature map: sum_p a_l(p) F_l(p), head by head.
+
+    Args:
+        attention: (batch_size, num_queries * num_heads, height * width).
+        feature_map: (batch_size, num_channels, height, width).
+
+    Returns:
+        (batch_size, num_queries, num_channels).
+    """
+    positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
+    weights = attention.unflatten(1, (-1, num_heads)).transpose(1, 2)  # (batch, heads, queries, positions)
+    pooled = weights.to(positions.dtype) @ positions.transpose(2, 3)  # (batch, heads, queries, channels / heads)
+    return pooled.transpose(1, 2).flatten(2)
+
+
+class CrossAttentionPooling(nn.Module):
+    """One block of the stream: cross-attention of the query with a feature map, then a linear map of what it gathered.
+
+    Args:
+        in_channels: d_l.
+        out_channels: d_{l+1}, or None for no linear map.
+        num_heads: must divide `in_channels`.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int | None, num_heads: int):
+        super().__init__()
+        if in_channels % num_heads:
+            raise ValueError(
+                f"num_attention_heads must divide the channels of every stream layer, got {num_heads} for "
+                f"{in_channels} channels."
+            )
+        self.num_heads = num_heads
+        self.projection = nn.Identity() if out_channels is None else nn.Linear(in_channels, out_channels)
+
+    def forward(self, query: torch.Tensor, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, queries, d_l) and (batch, d_l, height, width) -> (batch, queries, d_{l+1}) and the attention
+        (batch, queries * heads, height, width)."""
+        attention = attention_scores(query, feature_map, self.num_heads).softmax(-1)
+        pooled = attend(attention, feature_map, self.num_heads)
+        return self.projection(pooled), attention.to(feature_map.dtype).unflatten(2, feature_map.shape[2:])
+
+
+class CrossAttentionStream(nn.Module):
+    """The stream: one learned query carried through a cross-attention pooling at every depth.
+
+    Args:
+        num_channels: d_0..d_L.
+        num_queries: 1, or the number of classes.
+        num_heads: heads of every block.
+        output_projection: whether the last block has its W_L.
+    """
+
+    def __init__(self, num_channels: list[int], num_queries: int, num_heads: int, output_projection: bool):
+        super().__init__()
+        last = num_channels[-1] if output_projection else None
+        self.query = nn.Parameter(torch.zeros(num_queries, num_channels[0]))
+        self.blocks = nn.ModuleList(
+            CrossAttentionPooling(in_channels, out_channels, num_heads)
+            for in_channels, out_channels in zip(num_channels, [*num_channels[1:], last], strict=True)
+        )
+
+    def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Feature maps, shallow to deep -> q_{L+1} (batch, queries, d_L) and one attention map per block."""
+        query = self.query.expand(feature_maps[0].shape[0], -1, -1)
+        attention_maps = ()
+        for block, feature_map in zip(self.blocks, feature_maps, strict=True):
+            query, attention = block(query, feature_map)
+            attention_maps += (attention,)
+        return query, attention_maps
+
+
+class CAStreamPreTrainedModel(PreTrainedModel):
+    """Initialisation, and the rule that what is frozen stays frozen."""
+
+    config: CAStreamConfig
+    config_class = CAStreamConfig
+    base_model_prefix = "castream"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["CrossAttentionStream"]  # noqa: RUF012 - the kind is PreTrainedModel's
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if not isinstance(module, CrossAttentionStream):
+            return
+        reference = self.config.init == "reference"
+        init.normal_(module.query, mean=1.0) if reference else init.zeros_(module.query)
+        for block in module.blocks:
+            if isinstance(block.projection, nn.Linear):
+                if reference:
+                    init.xavier_uniform_(block.projection.weight)
+                elif block is module.blocks[-1]:
+                    init.eye_(block.projection.weight)
+                else:
+                    init.zeros_(block.projection.weight)
+                init.zeros_(block.projection.bias)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        """The modules that `config.freeze_backbone` and `config.freeze_classifier` keep as they are."""
+        return []
+
+    def train(self, mode: bool = True):
+        """Set train or eval mode; what is frozen stays in eval mode without gradient, whatever loading did to it."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+            nn.Module.train(module, False)
+        return self
+
+
+class CAStreamModel(CAStreamPreTrainedModel):
+    """A backbone, what lies between its last feature map and the pooling, and the stream.
+
+    Raises:
+        ValueError: on a config whose stream layers, channels and heads do not fit the backbone.
+    """
+
+    def __init__(self, config: CAStreamConfig):
+        super().__init__(config)
+        self.backbone = build_backbone(config)
+        channels = stage_channels(self.backbone)
+        self.neck, channels[NECK] = build_layers(
+            config.neck_layers, channels[self.backbone.out_features[-1]], spatial=True, name="neck_layers"
+        )
+        if config.stream_channels is None:
+            config.stream_channels = [channels[name] for name in config.stream_layers]
+        num_queries = config.num_labels if config.query == "class_specific" else 1
+        self.stream = CrossAttentionStream(
+            config.stream_channels, num_queries, config.num_attention_heads, config.output_projection
+        )
+        self.supports_gradient_checkpointing = any(
+            hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()
+        )
+        self.post_init()
+        self.train(self.training)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return [self.backbone, self.neck] if self.config.freeze_backbone else []
+
+    def extract_features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """The backbone's part of the forward pass, which all poolings and explanations of an image share.
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), normalised.
+
+        Returns:
+            The feature maps that the stream reads, the pooled one last; the CLS token where the classifier reads it.
+
+        Raises:
+            ValueError: on an input that is not such a batch.
+        """
+        expected = getattr(self.config.backbone_config, "num_channels", 3)
+        if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
+            shape = None if pixel_values is None else tuple(pixel_values.shape)
+            raise ValueError(
+                f"pixel_values must have the shape (batch_size, {expected}, height, width), got {shape}: "
+                "use the model's image processor, with images converted to RGB."
+            )
+        return read_feature_maps(self.backbone, self.neck, self.config, pixel_values)
+
+    def pool_features(
+        self, feature_maps: tuple[torch.Tensor, ...], pooling: str | None = None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """Pool feature maps into one vector.
+
+        Args:
+            feature_maps: as `extract_features` returns them.
+            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+
+        Returns:
+            The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
+            class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` does not use.
+        """
+        pooling = self.config.pooling if pooling is None else pooling
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f"pooling must be one of {', '.join(POOLINGS)}, or None for the config's, got {pooling!r}."
+            )
+        query, attention_maps = self.stream(feature_maps)
+        if pooling == "gap":
+            return feature_maps[-1].mean((2, 3)), attention_maps
+        return (query if self.config.query == "class_specific" else query.squeeze(1)), attention_maps
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pooling: str | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CAStreamModelOutput:
+        """Pool a batch of images; see [`CAStreamModelOutput`].
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), normalised.
+            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+            output_hidden_states: whether to return the feature maps that the blocks read.
+        """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        feature_maps, cls_token = self.extract_features(pixel_values)
+        pooler_output, attention_maps = self.pool_features(feature_maps, pooling)
+        return CAStreamModelOutput(
+            last_hidden_state=feature_maps[-1],
+            pooler_output=pooler_output,
+            attention_maps=attention_maps,
+            cls_token=cls_token,
+            hidden_states=feature_maps if output_hidden_states else None,
+        )
+
+
+class CAStreamForImageClassification(CAStreamPreTrainedModel):
+    """An image classifier whose pooling is the stream or, from the same checkpoint, global average pooling."""
+
+    def __init__(self, config: CAStreamConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.castream = CAStreamModel(config)
+        self.head, num_features = build_layers(
+            config.head_layers, config.stream_channels[-1], spatial=False, name="head_layers"
+        )
+        num_features *= 2 if config.classifier_cls_token else 1
+        self.classifier = nn.Linear(num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.supports_gradient_checkpointing = self.castream.supports_gradient_checkpointing
+        self.post_init()
+        self.train(self.training)
+
+    def frozen_modules(self) -> list[nn.Module]:
+        return self.castream.frozen_modules() + ([self.head, self.classifier] if self.config.freeze_classifier else [])
+
+    def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""
+        features = self.head(pooler_output)
+        if cls_token is not None:
+            if features.ndim == 3:
+                cls_token = cls_token[:, None].expand(-1, features.shape[1], -1)
+            features = torch.cat([cls_token, features], dim=-1)
+        if features.ndim == 3:  # class c reads its own token: the diagonal of classifier(token_c)
+            return (features * self.classifier.weight).sum(-1) + self.classifier.bias
+        return self.classifier(features)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pooling: str | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> CAStreamImageClassifierOutput:
+        """Classify a batch of images; see [`CAStreamImageClassifierOutput`].
+
+        Args:
+            pixel_values: (batch_size, num_channels, height, width), normalised.
+            labels: class ids (batch_size,), or 0/1 floats (batch_size, num_labels) for multi-label problems.
+            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+            output_hidden_states: whether to return the feature maps that the blocks read.
+        """
+        outputs = self.castream(pixel_values, pooling=pooling, output_hidden_states=output_hidden_states)
+        logits = self.classify(outputs.pooler_output, outputs.cls_token)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config, **kwargs)
+        return CAStreamImageClassifierOutput(
+            loss=loss, logits=logits, attention_maps=outputs.attention_maps, hidden_states=outputs.hidden_states
+        )
+
+
+__all__ = ["CAStreamForImageClassification", "CAStreamModel", "CAStreamPreTrainedModel"]
