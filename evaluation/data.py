@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .perturbation import normalize_images
+
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 MASK_NAMES = ("mask",)
@@ -277,8 +279,9 @@ def prepare_block(number: int, rows: list[dict], preprocessor: Preprocessor, num
         block.labels.append(_class_ids(row.get("label"), identity, num_labels))
         block.masks.append(None if mask is None else preprocessor.mask(mask))
     if images:
-        block.pixel_values = preprocessor.normalized(images)
-        block.images = preprocessor.to_pixel_space(block.pixel_values)
+        block.images = preprocessor.to_pixel_space(preprocessor.normalized(images))
+        # from the images again, so that a map of ones leaves not even a rounding difference
+        block.pixel_values = normalize_images(block.images, preprocessor.mean, preprocessor.std)
     return block
 
 

@@ -28,7 +28,14 @@ from .metrics.pointing_game.pointing_game import pointing_game
 from .metrics.positive_perturbation.positive_perturbation import positive_perturbation
 from .perturbation import mask_images, perturbation_images, pixel_order, upsample_saliency
 from .protocol import deletion_end, inner_points, insertion_start, saliency_order
-from .settings import CONTROL_MAPS, CURVE_METRICS, MASK_METRICS, MASKING_METRICS, PERTURBATION_METRICS, EvaluationSettings
+from .settings import (
+    CONTROL_MAPS,
+    CURVE_METRICS,
+    MASK_METRICS,
+    MASKING_METRICS,
+    PERTURBATION_METRICS,
+    EvaluationSettings,
+)
 
 MASKING_FUNCTIONS = {
     "average_drop": average_drop,
@@ -378,9 +385,7 @@ def evaluate_block(scorer: Scorer, block: Block, mean, std) -> tuple[list[dict],
         if row.control == "" and (row.method, row.pooling) in correlations:
             columns["randomization_correlation"] = correlations[row.method, row.pooling]
         fixed = {"method": row.method, "pooling": row.pooling, "control": row.control, "scoring": row.scoring}
-        rows += [
-            fixed | {name: values[item] for name, values in columns.items()} for item in range(len(items.target))
-        ]
+        rows += [fixed | {name: values[item] for name, values in columns.items()} for item in range(len(items.target))]
     first = torch.searchsorted(items.image, torch.arange(len(block.ids), device=items.image.device)).cpu()
     return rows, {key: saliency.cpu()[first] for key, saliency in maps.items()}
 
@@ -396,8 +401,7 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
         "target": items.target.tolist(),
         "predicted": predicted,
         "correct": [
-            predicted[item] in block.labels[place] if block.labels[place] else None
-            for item, place in enumerate(places)
+            predicted[item] in block.labels[place] if block.labels[place] else None for item, place in enumerate(places)
         ],
         "probability": before.tolist(),
         "map_area": scores.saliency.mean((1, 2)).tolist(),
