@@ -1,8 +1,8 @@
 """From a block of images to the rows of the per-image table.
 
-One backbone pass of the images serves every method and pooling. Every masked or perturbed image passes the backbone once,
-too, and is scored under all poolings and controls that need it; maps that are equal, such as the raw attention under
-either pooling, share their masked images.
+One backbone pass of the images serves every method and pooling. Every masked or perturbed image passes the backbone
+once, too, and is scored under all poolings and controls that need it; maps that are equal, such as the raw attention
+under either pooling, share their masked images.
 """
 
 from collections.abc import Iterator
@@ -238,7 +238,8 @@ def check_saliency(saliency: torch.Tensor, num_items: int, method: str) -> None:
     """
     if saliency.ndim != 3 or len(saliency) != num_items:
         raise ValueError(
-            f"saliency of {method} has the shape {tuple(saliency.shape)}: give ({num_items}, height, width), one map an image."
+            f"saliency of {method} has the shape {tuple(saliency.shape)}: give ({num_items}, height, width), "
+            "one map an image."
         )
     if not ((saliency >= 0) & (saliency <= 1 + 1e-6)).all():
         raise ValueError(f"saliency of {method} holds NaN or values outside [0, 1]: scale every map to [0, 1].")

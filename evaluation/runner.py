@@ -49,8 +49,8 @@ def evaluate_saliency(
         The report, the same on all processes.
 
     Raises:
-        ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id out of
-            range, NaN logits, no images, or an output folder that holds another evaluation.
+        ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id
+            out of range, NaN logits, no images, or an output folder that holds another evaluation.
     """
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
@@ -136,7 +136,8 @@ class _Run:
         if total and skipped > MAX_SKIPPED_SHARE * total:
             last = f", such as {entries[-1]['id']} ({entries[-1]['reason']})" if entries else ""
             raise ValueError(
-                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the dataset."
+                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the "
+                "dataset."
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
