@@ -34,11 +34,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--split", required=True, help="split of the dataset, such as validation")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     add(
-        "--methods", nargs="+", choices=METHODS, default=defaults.methods, help="default: %(default)s", metavar="METHOD"
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=defaults.methods,
+        metavar="METHOD",
+        help=_names(METHODS, defaults.methods),
     )
-    add("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS, help="default: gap ca", metavar="POOLING")
-    add("--metrics", nargs="+", choices=METRICS, default=PAPER_METRICS, help="default: the paper's", metavar="METRIC")
-    add("--controls", nargs="*", choices=CONTROLS, default=(), metavar="CONTROL", help=f"any of {' '.join(CONTROLS)}")
+    add("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS, metavar="POOLING", help=_names(POOLINGS, POOLINGS))
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=PAPER_METRICS,
+        metavar="METRIC",
+        help=_names(METRICS, PAPER_METRICS),
+    )
+    add("--controls", nargs="*", choices=CONTROLS, default=(), metavar="CONTROL", help=_names(CONTROLS, ()))
     add("--protocol", choices=PROTOCOLS, default=defaults.protocol, help="default: %(default)s, the paper's")
     add("--target", choices=TARGETS, default=defaults.target, help="class that is explained; default: %(default)s")
     add("--batch-size", type=int, default=defaults.batch_size, help="images per forward pass; default: %(default)s")
@@ -50,12 +62,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
     for role in ("image", "label", "mask", "id"):
         add(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
-    add(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the code in the model's folder, for models of other origin",
-    )
     return parser
+
+
+def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:
+    return f"out of {', '.join(names)}; default: {', '.join(default) or 'none'}"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,7 +92,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .runner import evaluate_saliency
 
     accelerator = Accelerator()
-    model, image_processor = _load_model(options.model, options.trust_remote_code)
+    model, image_processor = _load_model(options.model)
     roles = {role: getattr(options, f"{role}_column") for role in ("image", "label", "mask", "id")}
     examples = open_dataset(
         options.dataset,
@@ -99,7 +110,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"Written to {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
 
 
-def _load_model(name: str, trust_remote_code: bool):
+def _load_model(name: str):
     """A classifier and its image processor.
 
     Raises:
@@ -110,7 +121,7 @@ def _load_model(name: str, trust_remote_code: bool):
     import modeling_castream  # noqa: F401 - registers the classes
 
     try:
-        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=trust_remote_code)
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
         image_processor = AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
