@@ -113,8 +113,10 @@ def blur_images(
     reach = kernel_size // 2
     planes = pixel_values.reshape(-1, 1, height, width)
     mode = "constant" if padding == "zeros" else "reflect"
-    planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode=mode), profile.view(1, 1, -1, 1))
-    planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode=mode), profile.view(1, 1, 1, -1))
+    # a caller's autocast is meant for the network, not for its input
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode=mode), profile.view(1, 1, -1, 1))
+        planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode=mode), profile.view(1, 1, 1, -1))
     return planes.view(batch_size, num_channels, height, width)
 
 

@@ -20,7 +20,7 @@ Returns:
 
 Examples:
     >>> metric = evaluate.load("evaluation/metrics/negative_perturbation")
-    >>> metric.compute(predictions=[[3, 3, 1], [5, 2, 5]], references=[3, 2])
+    >>> metric.compute(predictions=[[3, 3, 3, 1], [5, 2, 5, 5]], references=[3, 2])
     {'negative_perturbation': 50.0}
 """
 
