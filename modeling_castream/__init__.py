@@ -1,7 +1,7 @@
 """CA-Stream for Hugging Face Transformers (arXiv:2404.14996).
 
-Importing the package makes `AutoConfig`, `AutoModel` and `AutoModelForImageClassification` know CA-Stream models. A folder written by
-`save_pretrained` carries the code of this package and loads without it, with `trust_remote_code=True`.
+Importing the package makes `AutoConfig`, `AutoModel` and `AutoModelForImageClassification` know CA-Stream models. A
+folder written by `save_pretrained` carries this package's code, and loads without it with `trust_remote_code=True`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from .configuration_castream import CAStreamConfig
 from .image_processing_castream import CAStreamImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
+from .saliency_castream import explain
 
 CAStreamConfig.register_for_auto_class()
 CAStreamModel.register_for_auto_class("AutoModel")
@@ -18,4 +19,10 @@ AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
 
-__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamImageProcessor", "CAStreamModel"]
+__all__ = [
+    "CAStreamConfig",
+    "CAStreamForImageClassification",
+    "CAStreamImageProcessor",
+    "CAStreamModel",
+    "explain",
+]
