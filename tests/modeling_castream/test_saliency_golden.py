@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TimmBackboneConfig
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, saliency_castream
 from modeling_castream.cam_castream import grad_cam_plus_plus_weights
 from modeling_castream.features_castream import evaluating, pooled_direction, pooled_map_gradients
 from modeling_castream.masking_castream import score_cam_weights
@@ -49,14 +49,30 @@ def features():
     return extract(model, torch.from_numpy(formula.images("metrics_public")[1]))
 
 
-def coefficients(features, method, pooling):
+@pytest.fixture(scope="module")
+def score_cam(features):
+    """Weights and maps for both models, of one pass over the masked images."""
+    weights = {}
+
+    def spy(*args, **kwargs):
+        weights.update(score_cam_weights(*args, **kwargs))
+        return weights
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saliency_castream, "score_cam_weights", spy)
+        maps = explain_features(features, TARGET, "score_cam", tuple(POOLINGS.values()), **IMAGE)
+    return weights, maps
+
+
+@pytest.fixture
+def coefficients(features, score_cam, name, method):
     with evaluating(features.model):
         if method == "gradcam":
-            return pooled_direction(features, TARGET, pooling) / 4  # four positions
+            return pooled_direction(features, TARGET, POOLINGS[name]) / 4  # four positions
         if method == "gradcampp":
-            gradients = pooled_map_gradients(features, TARGET, pooling)
+            gradients = pooled_map_gradients(features, TARGET, POOLINGS[name])
             return grad_cam_plus_plus_weights(features.feature_maps[-1], gradients)
-        return score_cam_weights(features, {pooling: TARGET}, 4, **IMAGE)[pooling]
+        return score_cam[0][POOLINGS[name]]
 
 
 def assert_matches(actual, name, atol):
@@ -70,15 +86,17 @@ def test_logits(features, name):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", POOLINGS)
-def test_coefficients(features, name, method):
-    assert_matches(coefficients(features, method, POOLINGS[name]), f"{name}.{method}.coefficients", 1e-5)
+def test_coefficients(coefficients, name, method):
+    assert_matches(coefficients, f"{name}.{method}.coefficients", 1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", POOLINGS)
-def test_maps(features, name, method):
-    maps = explain_features(features, TARGET, METHODS[method], POOLINGS[name], **IMAGE)
-    assert_matches(maps, f"{name}.{method}.map", MAP_ATOL[method])
+def test_maps(features, score_cam, method):
+    maps = score_cam[1]
+    if method != "scorecam":
+        maps = explain_features(features, TARGET, METHODS[method], tuple(POOLINGS.values()))
+    for name, pooling in POOLINGS.items():
+        assert_matches(maps[pooling], f"{name}.{method}.map", MAP_ATOL[method])
 
 
 def test_upsampled_map(features):
