@@ -12,7 +12,10 @@ RULES = (  # ours -> the reference's, first match; torchvision's names, and cls_
     (r"castream\.backbone\.embedder\.embedder\.convolution\.", "conv1."),
     (r"castream\.backbone\.embedder\.embedder\.normalization\.", "bn1."),
     (r"castream\.backbone\.encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.convolution\.", "layer{0}.{1}.downsample.0."),
-    (r"castream\.backbone\.encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.normalization\.", "layer{0}.{1}.downsample.1."),
+    (
+        r"castream\.backbone\.encoder\.stages\.(\d)\.layers\.(\d)\.shortcut\.normalization\.",
+        "layer{0}.{1}.downsample.1.",
+    ),
     (r"castream\.backbone\.encoder\.stages\.(\d)\.layers\.(\d)\.layer\.(\d)\.convolution\.", "layer{0}.{1}.conv{2}."),
     (r"castream\.backbone\.encoder\.stages\.(\d)\.layers\.(\d)\.layer\.(\d)\.normalization\.", "layer{0}.{1}.bn{2}."),
     (r"castream\.stream\.query$", "cls_token"),
@@ -28,7 +31,9 @@ def reference_name(name: str) -> str:
         found = re.match(pattern, name)
         if found:
             numbers = [int(number) for number in found.groups()]
-            if numbers and "blocks" not in pattern:  # stages and layers count from 1 there, blocks within a stage from 0
+            if (
+                numbers and "blocks" not in pattern
+            ):  # stages and layers count from 1 there, blocks within a stage from 0
                 numbers = [number + (place != 1) for place, number in enumerate(numbers)]
             return template.format(*numbers) + name[found.end() :]
     raise KeyError(name)
