@@ -5,9 +5,11 @@ folder written by `save_pretrained` carries this package's code, and loads witho
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_castream import CAStreamConfig
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
+from .pipeline_castream import ImageExplanationPipeline
 from .saliency_castream import explain
 
 CAStreamConfig.register_for_auto_class()
@@ -16,5 +18,15 @@ CAStreamForImageClassification.register_for_auto_class("AutoModelForImageClassif
 AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
+if "image-explanation" not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        "image-explanation", ImageExplanationPipeline, pt_model=(AutoModelForImageClassification,), type="image"
+    )
 
-__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamModel", "explain"]
+__all__ = [
+    "CAStreamConfig",
+    "CAStreamForImageClassification",
+    "CAStreamModel",
+    "ImageExplanationPipeline",
+    "explain",
+]
