@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
-from .results import describe_results, to_eval_results
+from .results import check_results, describe_results, to_eval_results
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
@@ -177,7 +177,7 @@ def write_model_card(
     """
     model_dir = Path(model_dir)
     if results is not None:
-        describe_results(results)  # refuse before anything is written
+        check_results(results)
         write_json(model_dir / "results.json", results)
     if recipe is not None:
         write_json(model_dir / "recipe.json", recipe)
