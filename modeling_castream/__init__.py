@@ -1,7 +1,7 @@
 """CA-Stream for Hugging Face Transformers (arXiv:2404.14996).
 
-Importing the package makes `AutoConfig`, `AutoModel` and `AutoModelForImageClassification` know CA-Stream models. A folder written by
-`save_pretrained` carries the code of this package and loads without it, with `trust_remote_code=True`.
+Importing the package makes `AutoConfig`, `AutoModel` and `AutoModelForImageClassification` know CA-Stream models. A
+folder written by `save_pretrained` carries this package's code, and loads without it with `trust_remote_code=True`.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification

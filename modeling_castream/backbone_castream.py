@@ -32,7 +32,8 @@ def build_layers(specs: list[dict], num_channels: int, spatial: bool, name: str)
 
     Args:
         specs: one dictionary a layer: `{"type": "conv" | "linear", "out_channels": int, "bias": bool}`,
-            `{"type": "batch_norm" | "layer_norm", "eps": float}`, `{"type": "group_norm", "num_groups": int, "eps": float}` or
+            `{"type": "batch_norm" | "layer_norm", "eps": float}`,
+            `{"type": "group_norm", "num_groups": int, "eps": float}` or
             `{"type": "activation", "function": name in transformers' ACT2FN}`.
         num_channels: channels of the input.
         spatial: whether the input is (batch_size, num_channels, height, width) or (batch_size, num_channels).
@@ -107,7 +108,7 @@ def resolve_stream_layers(config) -> list[str]:
         stages = [names[index] for index in backbone_config.out_indices]
         if len(stages) == 1 and config.variant == "stream":
             stages = names
-        layers = stages[:-1] + [NECK if config.neck_layers else stages[-1]]
+        layers = [*stages[:-1], NECK if config.neck_layers else stages[-1]]
         layers = layers[-1:] if config.variant == "final" else layers
     else:
         stages = [name for name in names if name in layers or (name == names[-1] and layers[-1] == NECK)]
@@ -144,13 +145,15 @@ def build_backbone(config) -> nn.Module:
             module = backbone.get_submodule(name)
         except AttributeError:
             raise ValueError(
-                f"stream_layers names {name!r}, which is neither a stage ({', '.join(_stage_names(config.backbone_config))}) "
-                f"nor a submodule of {type(backbone).__name__}."
+                f"stream_layers names {name!r}, which is neither a stage ({', '.join(backbone.stage_names)}) nor a "
+                f"submodule of {type(backbone).__name__}."
             ) from None
         if config.stream_channels is None:
             raise ValueError(
                 f"stream_layers names the submodule {name!r}: stream_channels is needed to build its pooling."
             )
+        while isinstance(module, nn.ModuleList):  # such a list runs item by item: what comes out is its last one's
+            module = module[-1]
         module.register_forward_hook(partial(_capture, name))
     return backbone
 

@@ -35,8 +35,8 @@ class CAStreamConfig(PreTrainedConfig):
         variant (`str`, defaults to `"stream"`):
             `"stream"` reads every depth, `"final"` the pooled feature map only.
         stream_layers (`list[str]`, *optional*):
-            Where the stream reads, shallow to deep: names of backbone stages (`"stem"`, `"stage1"`, timm's `"layer1"`), dotted
-            names of backbone submodules (`"encoder.stages.1.downsampling_layer"`), and `"neck"`, the output of
+            Where the stream reads, shallow to deep: names of backbone stages (`"stem"`, `"stage1"`, timm's `"layer1"`),
+            dotted names of backbone submodules (`"encoder.stages.1.downsampling_layer"`), and `"neck"`, the output of
             `neck_layers`. The last one must be the pooled feature map. `None`: what `backbone_config.out_features`
             names if that is more than one stage, else all stages (`variant="stream"`); the pooled feature map
             (`variant="final"`). The model writes the list it used here.
@@ -58,8 +58,9 @@ class CAStreamConfig(PreTrainedConfig):
             The same for the layers after the pooling.
         neck_layers (`list[dict]`, *optional*):
             Layers applied to the last feature map before pooling, e.g. EfficientNet's head convolution
-            `[{"type": "conv", "out_channels": 1280}, {"type": "batch_norm"}, {"type": "activation", "function": "relu6"}]`.
-            `None`: what the backbone's own classifier has (Swin: a layer norm). `[]`: none.
+            `[{"type": "conv", "out_channels": 1280}, {"type": "batch_norm", "eps": 1e-5}]`;
+            the types are those of `build_layers`. `None`: what the backbone's own classifier has (Swin: a layer norm).
+            `[]`: none.
         head_layers (`list[dict]`, *optional*):
             Layers between the pooled vector and the linear classifier. `None`: what the backbone's own classifier has
             (ConvNeXt: a layer norm). `[]`: none.

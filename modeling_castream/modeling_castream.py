@@ -38,8 +38,8 @@ class CAStreamModelOutput(ModelOutput):
             q_{L+1} (`pooling="ca"`) or the mean over positions (`pooling="gap"`). With class-specific queries and
             `pooling="ca"`, `(batch_size, num_labels, num_channels)`.
         attention_maps (`tuple(torch.FloatTensor)`, one per block, `(batch_size, num_heads, height_l, width_l)`):
-            The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling. With class-specific
-            queries the second axis runs over the classes.
+            The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling. With
+            class-specific queries the second axis runs over the classes.
         cls_token (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
             The backbone's CLS token, where the classifier reads it.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
@@ -76,9 +76,10 @@ class CAStreamImageClassifierOutput(ModelOutput):
 
 
 def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32.
+    """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32 or better.
 
-    With several heads the channels split into `num_heads` groups, and the scale stays that of all d_l channels, as in the authors' code.
+    With several heads the channels split into `num_heads` groups, and the scale stays that of all d_l channels, as in
+    the authors' code.
 
     Args:
         query: (batch_size, num_queries, num_channels).
@@ -90,7 +91,8 @@ def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: 
     batch_size, num_queries, num_channels = query.shape
     positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
     queries = query.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (batch, heads, queries, channels / heads)
-    scores = (queries @ positions).float() * num_channels**-0.5
+    scores = queries @ positions
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * num_channels**-0.5
     return scores.transpose(1, 2).reshape(batch_size, num_queries * num_heads, -1)
 
 
@@ -123,7 +125,8 @@ class CrossAttentionPooling(nn.Module):
         super().__init__()
         if in_channels % num_heads:
             raise ValueError(
-                f"num_attention_heads must divide the channels of every stream layer, got {num_heads} for {in_channels}."
+                f"num_attention_heads must divide the channels of every stream layer, got {num_heads} for "
+                f"{in_channels} channels."
             )
         self.num_heads = num_heads
         self.projection = nn.Identity() if out_channels is None else nn.Linear(in_channels, out_channels)
@@ -197,7 +200,7 @@ class CAStreamPreTrainedModel(PreTrainedModel):
         return []
 
     def train(self, mode: bool = True):
-        """Set train or eval mode; what is frozen stays in eval mode and without gradient, whatever loading did to it."""
+        """Set train or eval mode; what is frozen stays in eval mode without gradient, whatever loading did to it."""
         super().train(mode)
         for module in self.frozen_modules():
             module.requires_grad_(False)
@@ -241,7 +244,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), normalised.
 
         Returns:
-            The feature maps that the stream reads, the pooled one last, and the CLS token where the classifier reads it.
+            The feature maps that the stream reads, the pooled one last; the CLS token where the classifier reads it.
 
         Raises:
             ValueError: on an input that is not such a batch.
@@ -266,7 +269,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
         Returns:
             The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
-            class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` computes but does not use.
+            class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` does not use.
         """
         pooling = self.config.pooling if pooling is None else pooling
         if pooling not in POOLINGS:

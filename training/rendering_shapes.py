@@ -1,10 +1,11 @@
 """Silhouettes of the synthetic scenes: what a mug, a key or a mere distractor looks like before it is placed and lit.
 
-A silhouette is a list of `Part`s, painted in order. Coordinates are roughly in [-1, 1], x to the right, y down. Proportions are drawn
-from the generator, so that no two objects of a class are alike.
+A silhouette is a list of `Part`s, painted in order. Coordinates are roughly in [-1, 1], x to the right, y down.
+Proportions are drawn from the generator, so that no two objects of a class are alike.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,8 @@ Points = np.ndarray  # (num_points, 2), float
 class Part(NamedTuple):
     """One closed polygon of a silhouette.
 
-    `layer` is "body" (adds to the object), "hole" (takes away from it), "accent" (painted in the second colour) or "ink" (darkened);
-    accent and ink only show where there is body.
+    `layer` is "body" (adds to the object), "hole" (takes away from it), "accent" (painted in a colour of its own) or
+    "ink" (darkened). Accent and ink only show where there is body, and not under body that is added later.
     """
 
     layer: str
@@ -44,7 +45,7 @@ def _smooth(points: Points, steps: int = 6) -> Points:
 def _stroke(layer: str, points: Points, width: float) -> list[Part]:
     """A polyline of the given width, with round joints and ends."""
     parts = []
-    for start, stop in zip(points[:-1], points[1:], strict=True):
+    for start, stop in pairwise(points):
         along = stop - start
         normal = np.array([-along[1], along[0]]) * (width / 2 / max(np.hypot(*along), 1e-9))
         parts.append(Part(layer, np.stack([start + normal, stop + normal, stop - normal, start - normal])))
@@ -69,7 +70,7 @@ def _star(rng: np.random.Generator) -> list[Part]:
 
 def _heart(rng: np.random.Generator) -> list[Part]:
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
-    y = -(13 * np.cos(t) - rng.uniform(4.5, 6) * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15
+    y = -(13 * np.cos(t) - rng.uniform(5, 6.5) * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)) / 15
     outline = np.stack([16 * np.sin(t) ** 3 / 16, y], axis=1)
     parts = [Part("body", outline)]
     if rng.random() < 0.4:
@@ -217,7 +218,7 @@ def _cactus(rng: np.random.Generator) -> list[Part]:
 
 
 def _mug(rng: np.random.Generator) -> list[Part]:
-    height, taper, ring = rng.uniform(0.65, 0.9), rng.uniform(0.85, 1.05), rng.uniform(0.3, 0.4)
+    height, taper, ring = rng.uniform(0.65, 0.9), rng.uniform(0.85, 1.05), rng.uniform(0.36, 0.46)
     base = 0.62 * taper
     parts = [
         Part("body", _ellipse(0.6, 0.05, ring, ring * 1.25)),

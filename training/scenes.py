@@ -1,22 +1,19 @@
-"""The embedded dataset: procedural scenes, written once as sharded parquet into a cache and then streamed like any other dataset.
+"""The embedded dataset: procedural scenes, written once as sharded parquet and then streamed like any other dataset.
 
-    from datasets import load_dataset
     folder = write_scenes()
     train = load_dataset("parquet", data_files=scenes_data_files(folder), split="train", streaming=True)
 
-Each row has `image` (JPEG, RGB), `mask` (PNG, 255 on the object), `label` (class, with its name) and `index` (place within the split).
+Each row has `image` (JPEG, RGB), `mask` (PNG, 255 where the object is visible, else 0), `label` (a class, with its
+name) and `index` (its place within the split).
 """
 
 import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,8 +22,9 @@ from datasets import ClassLabel, Features, Image, Value
 from filelock import FileLock
 from tqdm import tqdm
 
-from . import rendering, rendering_shapes
-from .rendering import CLASS_NAMES, encode_scene
+from . import rendering, rendering_shapes, scenes_workers
+from .rendering import CLASS_NAMES
+from .scenes_workers import encode_scene, ordered_map
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -54,36 +52,24 @@ def write_scenes(
 ) -> Path:
     """Write the dataset, unless the cache holds it already, and return its folder.
 
-    The folder gets its name when it is complete, and not before: an interrupted call leaves nothing under that name, and the next one
-    starts afresh. Several processes may call at once; one writes and the others wait for it.
+    The folder gets its name when it is complete, and not before: an interrupted call leaves nothing under that name,
+    and the next one starts afresh. Several processes may call at once: one writes, the others wait for it.
 
     Args:
         cache_dir: folder of the cache; None means `default_cache_dir()`.
         seed: of the dataset, >= 0.
-        num_train, num_validation: images per split; a multiple of the number of classes gives exactly balanced labels.
+        num_train, num_validation: images per split; a multiple of the number of classes gives equal classes.
         shards_per_split: parquet files per split.
-        size: height and width of the images in pixels.
+        size: height and width of the images in pixels, >= 32.
         num_workers: processes that draw; None means one a CPU. The contents do not depend on it.
         progress: show a progress bar.
 
     Raises:
-        ValueError: for a count that is not positive, or more shards than images.
+        ValueError: for a value out of range, or more shards than images.
         OSError: if the cache cannot be written, naming the folder.
     """
     counts = {"train": num_train, "validation": num_validation}
-    for name, value in {
-        "num_train": num_train,
-        "num_validation": num_validation,
-        "shards_per_split": shards_per_split,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
-    if shards_per_split > min(counts.values()):
-        raise ValueError(
-            f"shards_per_split={shards_per_split} exceeds the {min(counts.values())} images of a split; lower it"
-        )
+    _validate(seed, counts, shards_per_split, size)
     cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     final = cache_dir / _folder_name(seed, counts, shards_per_split, size)
     if final.is_dir():
@@ -101,12 +87,21 @@ def scenes_data_files(folder: str | Path) -> dict[str, list[str]]:
     return {split: sorted(str(path) for path in Path(folder).glob(f"{split}-*.parquet")) for split in SPLITS}
 
 
+def _validate(seed: int, counts: dict[str, int], shards: int, size: int) -> None:
+    lowest = {"seed": (seed, 0), "shards_per_split": (shards, 1), "size": (size, rendering.MIN_SIZE)}
+    lowest |= {f"num_{split}": (count, 1) for split, count in counts.items()}
+    for name, (value, bound) in lowest.items():
+        if value < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {value}")
+    if shards > min(counts.values()):
+        raise ValueError(f"shards_per_split={shards} exceeds the {min(counts.values())} images of a split; lower it")
+
+
 def _folder_name(seed: int, counts: dict[str, int], shards: int, size: int) -> str:
-    """Name that tells the parameters, with a digest of everything that decides the contents, the drawing code included."""
-    parameters = {"version": FORMAT_VERSION, "seed": seed, "counts": counts, "shards": shards, "size": size}
-    parameters |= {"row_group": ROW_GROUP_SIZE, "classes": CLASS_NAMES}
+    """Name that tells the parameters, with a digest of all that decides the contents, the drawing code included."""
+    parameters = {"counts": counts, "shards": shards, "row_group": ROW_GROUP_SIZE}
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    for module in (rendering, rendering_shapes):
+    for module in (rendering, rendering_shapes, scenes_workers):
         digest.update(Path(module.__file__).read_bytes())
     sizes = "-".join(str(count) for count in counts.values())
     return f"scenes-v{FORMAT_VERSION}-seed{seed}-{sizes}-{size}px-{digest.hexdigest()[:12]}"
@@ -118,51 +113,29 @@ def _explained(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error).splitlines()[0]
-        message = f"cannot write the scenes dataset to {cache_dir}: {reason}; free some space there or set CASTREAM_CACHE to another folder"
-        raise OSError(error.errno, message) from error
+        reason = error.strerror or str(error).partition("\n")[0]
+        remedy = "free space there or set CASTREAM_CACHE to another folder"
+        raise OSError(error.errno, f"cannot write the scenes dataset to {cache_dir}: {reason}; {remedy}") from error
 
 
 def _write_folder(
     final: Path, seed: int, counts: dict[str, int], shards: int, size: int, num_workers: int | None, progress: bool
 ) -> None:
-    """Build the dataset in a sibling folder, then give it its name. The caller holds the lock, so leftovers there are a dead writer's."""
-    partial_folder = final.with_name(final.name + ".incomplete")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    partial_folder.mkdir()
+    """Build the dataset beside `final`, then give it that name. Under the lock, leftovers there are a dead writer's."""
+    incomplete = final.with_name(final.name + ".incomplete")
+    shutil.rmtree(incomplete, ignore_errors=True)
+    incomplete.mkdir()
+    bar = tqdm(total=sum(counts.values()), desc="drawing scenes", unit="img", disable=not progress)
     try:
-        total = sum(counts.values())
-        with (
-            _encoder(num_workers) as encode,
-            tqdm(total=total, desc="drawing scenes", unit="img", disable=not progress) as bar,
-        ):
+        with bar, ordered_map(num_workers) as spread:
             for split, count in counts.items():
-                rows = encode(partial(encode_scene, seed, split, size), range(count))
+                rows = iter(spread(partial(encode_scene, seed, split, size), range(count)))
                 for shard in range(shards):
-                    path = partial_folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
+                    path = incomplete / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
                     _write_shard(path, rows, count * (shard + 1) // shards - count * shard // shards, bar)
-        os.replace(partial_folder, final)
+        os.replace(incomplete, final)
     finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
-@contextmanager
-def _encoder(num_workers: int | None) -> Iterator:
-    """A lazy, ordered `map`, spread over processes.
-
-    Processes are spawned, not forked: the caller may hold a GPU or the threads of a numerical library, which do not survive a fork.
-    Spawning imports the main script again, so where there is none to import (a script on standard input) the work is done here.
-    """
-    num_workers = num_workers or os.cpu_count() or 1
-    main_file = getattr(sys.modules["__main__"], "__file__", None)
-    if num_workers == 1 or (main_file is not None and not Path(main_file).exists()):
-        yield map
-        return
-    executor = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"))
-    try:
-        yield partial(executor.map, chunksize=16)
-    finally:
-        executor.shutdown(cancel_futures=True)
+        shutil.rmtree(incomplete, ignore_errors=True)
 
 
 def _write_shard(path: Path, rows: Iterator[dict], count: int, bar: tqdm) -> None:

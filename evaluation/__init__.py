@@ -1,0 +1,1 @@
+"""Evaluation of saliency: perturbed images, localisation, intervals and the metrics."""
