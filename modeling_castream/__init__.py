@@ -7,13 +7,15 @@ folder written by `save_pretrained` carries this package's code, and loads witho
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_castream import CAStreamConfig
+from .image_processing_castream import CAStreamImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
 
 CAStreamConfig.register_for_auto_class()
 CAStreamModel.register_for_auto_class("AutoModel")
 CAStreamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+CAStreamImageProcessor.register_for_auto_class()
 AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
 
-__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamModel"]
+__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamImageProcessor", "CAStreamModel"]

@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 
 from .backbone_castream import NECK, build_backbone, build_layers, read_feature_maps, stage_channels
 from .configuration_castream import POOLINGS, CAStreamConfig
+from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 
 
 @dataclass
