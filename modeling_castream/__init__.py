@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from .configuration_castream import CAStreamConfig
 from .image_processing_castream import CAStreamImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
+from .saliency_castream import explain
 
 CAStreamConfig.register_for_auto_class()
 CAStreamModel.register_for_auto_class("AutoModel")
@@ -18,4 +19,4 @@ AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
 
-__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamImageProcessor", "CAStreamModel"]
+__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamImageProcessor", "CAStreamModel", "explain"]

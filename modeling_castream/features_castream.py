@@ -1,0 +1,222 @@
+"""What all explanations of a batch share: one forward pass, and the ways to differentiate a logit at a feature map.
+
+Nothing here touches the model: no hook, no `requires_grad`, no mode that is not put back.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+# Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
+_LAYOUT_NODES = {
+    f"{name}Backward0"
+    for name in ("Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "Transpose", "UnsafeView", "Unsqueeze", "View")
+}
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Eval mode, without gradient and outside of inference mode; afterwards every submodule has its own flag again.
+
+    The tensors made inside are ordinary ones, which autograd accepts, also within a caller's `torch.inference_mode()`.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class Pooled:
+    """One pooling of a batch.
+
+    Args:
+        pooler_output: (batch_size, num_channels), or (batch_size, num_labels, num_channels) for class-specific queries.
+        attention_maps: one per block, (batch_size, num_heads or num_labels, height_l, width_l).
+        logits: (batch_size, num_labels).
+    """
+
+    pooler_output: torch.Tensor
+    attention_maps: tuple[torch.Tensor, ...]
+    logits: torch.Tensor
+
+
+@dataclass
+class Features:
+    """A batch after its one pass through the backbone; `extract` makes it, every method and pooling reads it.
+
+    Args:
+        model: the classifier.
+        pixel_values: (batch_size, num_channels, height, width), on the model's device and in its dtype.
+        feature_maps: what the stream reads, shallow to deep, the pooled map last.
+        cls_token: (batch_size, hidden_size), or None where the classifier does not read it.
+    """
+
+    model: torch.nn.Module
+    pixel_values: torch.Tensor
+    feature_maps: tuple[torch.Tensor, ...]
+    cls_token: torch.Tensor | None
+    _pooled: dict[str, Pooled] = field(default_factory=dict)
+
+    def pool(self, pooling: str | None = None) -> Pooled:
+        """Pool and classify, once per pooling.
+
+        Raises:
+            ValueError: on an unknown pooling.
+        """
+        pooling = self.model.config.pooling if pooling is None else pooling
+        if pooling not in self._pooled:
+            with evaluating(self.model):
+                self._pooled[pooling] = pool_and_classify(self.model, self.feature_maps, self.cls_token, pooling)
+        return self._pooled[pooling]
+
+    def logits(self, pooling: str | None = None) -> torch.Tensor:
+        """Logits (batch_size, num_labels), as the model's forward pass returns them."""
+        return self.pool(pooling).logits
+
+    def select(self, index: torch.Tensor) -> "Features":
+        """The items at `index` (a LongTensor; repeats allowed), e.g. one for each of an image's labels."""
+        cls_token = None if self.cls_token is None else self.cls_token[index]
+        feature_maps = tuple(feature_map[index] for feature_map in self.feature_maps)
+        return Features(self.model, self.pixel_values[index], feature_maps, cls_token)
+
+
+def extract(model: torch.nn.Module, pixel_values: torch.Tensor) -> Features:
+    """Run the backbone once, for any number of explanations.
+
+    Args:
+        model: a CAStreamForImageClassification.
+        pixel_values: (batch_size, num_channels, height, width), normalised.
+
+    Raises:
+        ValueError: if the model is of another kind, or `pixel_values` of another shape.
+    """
+    if not (hasattr(model, "castream") and hasattr(model, "classify")):
+        raise ValueError(
+            f"model must be a CAStreamForImageClassification, got {type(model).__name__}: load it with "
+            "AutoModelForImageClassification, and unwrap it if a trainer wrapped it."
+        )
+    if isinstance(pixel_values, torch.Tensor):
+        pixel_values = pixel_values.detach().to(model.device, model.dtype)
+    with evaluating(model):
+        feature_maps, cls_token = run_backbone(model, pixel_values)
+    return Features(model, pixel_values, feature_maps, cls_token)
+
+
+def run_backbone(
+    model: torch.nn.Module, pixel_values: torch.Tensor
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
+    feature_maps, cls_token = model.castream.extract_features(pixel_values)
+    cls_token = None if cls_token is None else cls_token.to(model.dtype)
+    return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token
+
+
+def pool_and_classify(
+    model: torch.nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
+) -> Pooled:
+    """Pooler and classifier, in the model's dtype even under autocast: they are cheap and their gradients are small."""
+    with torch.autocast(feature_maps[-1].device.type, enabled=False):
+        pooler_output, attention_maps = model.castream.pool_features(feature_maps, pooling)
+        return Pooled(pooler_output, attention_maps, model.classify(pooler_output, cls_token))
+
+
+def _score(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The sum of each item's target logit: its gradient is each item's own, as items do not meet."""
+    return logits.gather(1, target[:, None]).sum()
+
+
+def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
+    """v_c, the derivative of the target's logit for a shift of all positions of the pooled feature map alike.
+
+    q_L comes from the shallower maps and softmax does not see a shift of all scores, so a shift by s moves the pooled
+    vector by W_L s (by s under global average pooling): v_c = W_L^T d logit_c / d pooler_output, which needs no
+    gradient at the map.
+
+    Returns:
+        (batch_size, num_channels), float32: sum_p d logit_c / d F_L(p).
+    """
+    model = features.model
+    with torch.enable_grad(), torch.autocast(features.pixel_values.device.type, enabled=False):
+        pooler_output = features.pool(pooling).pooler_output.detach().requires_grad_()
+        logits = model.classify(pooler_output, features.cls_token)
+        (direction,) = torch.autograd.grad(_score(logits, target), pooler_output)
+        if direction.ndim == 3:  # class-specific: only the target's token has a gradient
+            direction = direction.sum(1)
+        if pooling == "ca":  # W_L^T v, through the module, since W_L may be absent or wrapped by an adapter
+            origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
+            projected = model.castream.stream.blocks[-1].projection(origin)
+            (direction,) = torch.autograd.grad(projected, origin, direction)
+    return direction.float()
+
+
+def pooled_map_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
+    """d logit_c / d F_L, through pooler and classifier only: (batch_size, num_channels, height, width), float32."""
+    with torch.enable_grad():
+        leaf = features.feature_maps[-1].detach().requires_grad_()
+        pooled = pool_and_classify(features.model, (*features.feature_maps[:-1], leaf), features.cls_token, pooling)
+        (gradients,) = torch.autograd.grad(_score(pooled.logits, target), leaf)
+    return gradients.float()
+
+
+def inner_map_gradients(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
+    """d logit_c / d F_l for a map before the pooled one, through the rest of the backbone and through the stream.
+
+    This is the one gradient that goes through the backbone: a second forward pass that records the graph, and a
+    backward pass from the logit down to F_l.
+
+    Raises:
+        ValueError: where the backbone does not carry that map on, so that no such gradient exists.
+    """
+    model = features.model
+    with torch.enable_grad():
+        pixel_values = features.pixel_values.clone().requires_grad_()  # a frozen backbone records no graph without
+        feature_maps, cls_token = run_backbone(model, pixel_values)
+        edge = _edge_on_path(feature_maps[layer], feature_maps[-1])
+        if edge is None:
+            raise ValueError(
+                f"layer {model.config.stream_layers[layer]!r} has no gradient: the backbone returns it but computes "
+                "its later maps from something else. Use the pooled layer (layer=-1), or a method without gradients."
+            )
+        logits = pool_and_classify(model, feature_maps, cls_token, pooling).logits
+        (gradients,) = torch.autograd.grad(_score(logits, target), edge, retain_graph=True)
+        return _to_layout_of(feature_maps[layer], edge, gradients).float()
+
+
+def _edge_on_path(feature_map: torch.Tensor, pooled_map: torch.Tensor) -> GradientEdge | None:
+    """Where the graph of `pooled_map` meets `feature_map`, seen through transposes and the like; None if nowhere."""
+    ancestors, pending = set(), [pooled_map.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in ancestors:
+            ancestors.add(node)
+            pending += [parent for parent, _ in node.next_functions]
+    edge = get_gradient_edge(feature_map)
+    while edge.node not in ancestors:
+        if edge.node.name() not in _LAYOUT_NODES:
+            return None
+        edge = GradientEdge(*edge.node.next_functions[0])
+    return edge
+
+
+def _to_layout_of(feature_map: torch.Tensor, edge: GradientEdge, gradients: torch.Tensor) -> torch.Tensor:
+    """Rearrange the gradient at `edge` as the backbone rearranged the tensor there into `feature_map`.
+
+    That rearrangement P is linear, and autograd yields P^T; the derivative of P^T v for v is P.
+    """
+    if edge == get_gradient_edge(feature_map):
+        return gradients
+    variable = torch.zeros_like(feature_map, requires_grad=True)
+    (transposed,) = torch.autograd.grad(feature_map, edge, variable, create_graph=True)
+    return torch.autograd.grad(transposed, variable, gradients)[0]
+
+
+__all__ = ["Features", "Pooled", "extract"]

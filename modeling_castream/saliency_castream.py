@@ -1,0 +1,243 @@
+"""Saliency maps of a CA-Stream classifier: `explain`, and `explain_features` for many maps of the same images.
+
+All methods read one forward pass. A map is combined at the resolution of its target layer, passed through ReLU where
+its paper does, min-max scaled per image, and upsampled bilinearly to the image.
+"""
+
+import operator
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+from .cam_castream import attention_terms, cosine_cam, grad_cam, grad_cam_plus_plus, normalize_maps
+from .features_castream import (
+    Features,
+    evaluating,
+    extract,
+    inner_map_gradients,
+    pooled_direction,
+    pooled_map_gradients,
+)
+
+_FROM_GRADIENTS = {
+    "grad_cam": grad_cam,
+    "cosine_cam": cosine_cam,
+    "grad_cam_plus_plus": grad_cam_plus_plus,
+}
+METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS)
+_WITHOUT_RELU = ("raw_attention",)
+
+Target = int | str | Sequence[int | str] | torch.Tensor | None
+
+
+def explain(
+    model: torch.nn.Module,
+    pixel_values: torch.Tensor,
+    target: Target = None,
+    method: str = "grad_cam",
+    pooling: str | None = None,
+    *,
+    layer: int | str = -1,
+    relu: bool | None = None,
+    normalize: bool = True,
+    upsample: bool = True,
+) -> torch.Tensor:
+    """Saliency maps of a batch of images. The model is left exactly as it was.
+
+    Args:
+        model: a CAStreamForImageClassification, in any mode, frozen or not, compiled or not.
+        pixel_values: (batch_size, num_channels, height, width), normalised; moved to the model's device and dtype.
+        target: the class to explain: an id or a label for all images, a sequence or LongTensor of one per image, a
+            LongTensor (batch_size, num_targets) for several maps of each image, or None for the class predicted under
+            `pooling`.
+        method: one of `METHODS`. `"raw_attention"` is the same for every class, unless queries are class-specific.
+        pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+        layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
+            `"all"` for each of them, stacked on the second axis. At other layers than the pooled one, methods that need
+            gradients pay a forward and a backward pass through the backbone.
+        relu: whether negative values are cut off; None, as the method's paper does.
+        normalize: whether maps are min-max scaled to [0, 1]. With `normalize=False, relu=False` they are signed, raw.
+        upsample: whether maps get the images' size, or keep that of the layer.
+
+    Returns:
+        (batch_size, height, width), float32, in [0, 1], on the model's device. A map that is flat or has no positive
+        value is all zero, and so is that of an image with non-finite features; `empty_maps` finds them, and one warning
+        counts them.
+
+    Raises:
+        ValueError: on an unknown method, pooling, layer or target, naming it.
+
+    Example:
+
+    ```python
+    >>> maps = explain(model, processor(image, return_tensors="pt").pixel_values, target="tabby, tabby cat")
+    ```
+    """
+    features = extract(model, pixel_values)
+    options = {"relu": relu, "normalize": normalize}
+    if isinstance(layer, str) and layer == "all":
+        if not upsample:
+            raise ValueError("layer='all' needs upsample=True: the layers' maps have different sizes.")
+        layers = range(len(model.config.stream_layers))
+        maps = [explain_features(features, target, method, pooling, layer=index, **options) for index in layers]
+        maps = torch.stack([upsample_maps(one, pixel_values.shape[-2:]) for one in maps], dim=1)
+    else:
+        maps = explain_features(features, target, method, pooling, layer=layer, **options)
+        if upsample:
+            maps = upsample_maps(maps, pixel_values.shape[-2:])
+    if normalize and (empty := int(empty_maps(maps).sum())):
+        warnings.warn(f"{empty} of {maps[..., 0, 0].numel()} {method} maps are flat or not finite: zero.", stacklevel=2)
+    return maps
+
+
+def explain_features(
+    features: Features,
+    target: Target = None,
+    method: str = "grad_cam",
+    pooling: str | Sequence[str] | None = None,
+    *,
+    layer: int | str = -1,
+    relu: bool | None = None,
+    normalize: bool = True,
+) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Saliency maps at the target layer's resolution, from features that methods and poolings share.
+
+    Args:
+        features: what `extract(model, pixel_values)` returned.
+        pooling: as in `explain`, or several, which share whatever they can.
+        target, method, layer, relu, normalize: as in `explain`.
+
+    Returns:
+        (batch_size, height_l, width_l), or (batch_size, num_targets, height_l, width_l) for a `target` of that shape,
+        float32; for several poolings a dictionary of these.
+
+    Raises:
+        ValueError: on an unknown method, pooling, layer or target, naming it.
+    """
+    model = features.model
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    single = pooling is None or isinstance(pooling, str)
+    poolings = [pooling or model.config.pooling] if single else list(pooling)
+    index = resolve_layer(model.config, layer)
+    with evaluating(model):
+        targets = {name: resolve_target(model.config, target, features.logits(name)) for name in poolings}
+        maps = {name: _raw_maps(features, targets[name], method, name, index) for name in poolings}
+    relu = method not in _WITHOUT_RELU if relu is None else relu
+    maps = {name: _finish(one, features.logits(name), relu, normalize) for name, one in maps.items()}
+    return maps[poolings[0]] if single else maps
+
+
+def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear, corners not aligned, not rescaled: (batch_size, ..., height_l, width_l) -> (batch_size, ..., *size)."""
+    flat = maps.reshape(-1, 1, *maps.shape[-2:])
+    return F.interpolate(flat, tuple(size), mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+
+
+def empty_maps(maps: torch.Tensor) -> torch.Tensor:
+    """Which maps are all zero: flat, without positive value, or of an image whose features are not finite."""
+    return maps.flatten(-2).count_nonzero(-1) == 0
+
+
+def resolve_layer(config, layer: int | str) -> int:
+    """Index of a target layer in `config.stream_layers`.
+
+    Raises:
+        ValueError: on a layer that is not there.
+    """
+    names = config.stream_layers
+    if layer in names:
+        return names.index(layer)
+    if isinstance(layer, int) and -len(names) <= layer < len(names):
+        return layer % len(names)
+    raise ValueError(f"layer must be one of {', '.join(names)} or an index into these, got {layer!r}.")
+
+
+def resolve_target(config, target: Target, logits: torch.Tensor) -> torch.Tensor:
+    """Class ids, one (or several) per item.
+
+    Args:
+        target: as in `explain`.
+        logits: (batch_size, num_labels), whose largest is the target where that is None.
+
+    Returns:
+        LongTensor (batch_size,) or (batch_size, num_targets).
+
+    Raises:
+        ValueError: on a class that is not there, or a number of targets other than the number of items.
+    """
+    if target is None:
+        return logits.argmax(-1)
+    batch_size, num_labels = logits.shape
+    if not isinstance(target, torch.Tensor):
+        several = not isinstance(target, str) and hasattr(target, "__len__")
+        ids = [_class_id(config, entry) for entry in (target if several else [target])]
+        target = torch.tensor(ids if several else ids * batch_size)
+    if target.is_floating_point() or target.dtype == torch.bool or target.ndim > 2:
+        raise ValueError(f"target must hold class ids, got {target.dtype} of shape {tuple(target.shape)}.")
+    target = target.to(logits.device, torch.long)
+    target = target.expand(batch_size) if target.ndim == 0 else target
+    if len(target) != batch_size:
+        raise ValueError(f"target must hold one class per image, got {len(target)} for {batch_size} images.")
+    wrong = target[(target < 0) | (target >= num_labels)].tolist()
+    if wrong:
+        raise ValueError(f"target must hold class ids from 0 to {num_labels - 1}, got {wrong}.")
+    return target
+
+
+def _class_id(config, entry: int | str) -> int:
+    if isinstance(entry, str):
+        if entry not in config.label2id:
+            some = ", ".join(map(repr, list(config.label2id)[:3]))
+            raise ValueError(f"target must be a class id or a label of the model ({some}, ...), got {entry!r}.")
+        return int(config.label2id[entry])
+    try:
+        return operator.index(entry)
+    except TypeError:
+        raise ValueError(f"target must be a class id or a label of the model, got {entry!r}.") from None
+
+
+def _raw_maps(features: Features, target: torch.Tensor, method: str, pooling: str, layer: int) -> torch.Tensor:
+    """Signed maps before ReLU and scaling: (batch_size, [num_targets,] height_l, width_l), float32."""
+    if target.ndim == 2:
+        return torch.stack([_raw_maps(features, one, method, pooling, layer) for one in target.unbind(1)], dim=1)
+    feature_map = features.feature_maps[layer].float()
+    pooled = layer == len(features.feature_maps) - 1
+    if method == "raw_attention":
+        return _attention(features, target, pooling, layer).mean(1)
+    if method == "attention_cam":
+        if not pooled:
+            raise ValueError(
+                f"method 'attention_cam' decomposes the logit at the pooled layer only (layer=-1), got {layer}."
+            )
+        attention = _attention(features, target, pooling, layer) if pooling == "ca" else None
+        return attention_terms(pooled_direction(features, target, pooling), feature_map, attention)
+    if pooled and method in ("grad_cam", "cosine_cam"):  # the mean of the gradient is enough, and has a closed form
+        mean = pooled_direction(features, target, pooling)[:, :, None, None] / feature_map[0, 0].numel()
+        return _FROM_GRADIENTS[method](feature_map, mean)
+    if pooled:
+        gradients = pooled_map_gradients(features, target, pooling)
+    else:
+        gradients = inner_map_gradients(features, target, pooling, layer)
+    return _FROM_GRADIENTS[method](feature_map, gradients)
+
+
+def _attention(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
+    """A block's attention (batch_size, num_heads, height_l, width_l), float32; of class-specific queries the target's."""
+    attention = features.pool(pooling).attention_maps[layer].float()
+    if features.model.config.query == "class_specific":
+        return attention[torch.arange(len(target), device=target.device), target][:, None]
+    return attention
+
+
+def _finish(maps: torch.Tensor, logits: torch.Tensor, relu: bool, normalize: bool) -> torch.Tensor:
+    """ReLU and scaling; an item with a non-finite map or logit gets a zero map, and the others do not feel it."""
+    finite = maps.isfinite().flatten(1).all(1) & logits.isfinite().all(1)
+    maps = torch.where(finite.view(-1, *[1] * (maps.ndim - 1)), maps, 0)
+    maps = maps.relu() if relu else maps
+    return normalize_maps(maps) if normalize else maps
+
+
+__all__ = ["METHODS", "Features", "empty_maps", "explain", "explain_features", "extract", "upsample_maps"]
