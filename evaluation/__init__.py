@@ -1,7 +1,8 @@
 """Evaluation of saliency: the protocol, its controls and its report.
 
     from evaluation import EvaluationSettings, evaluate_saliency
-    report = evaluate_saliency(model, image_processor, examples, EvaluationSettings(metrics=("average_drop", "insertion")))
+    settings = EvaluationSettings(metrics=("average_drop", "insertion"))
+    report = evaluate_saliency(model, image_processor, examples, settings)
 
 The command is `python -m evaluation --help`; evaluation/README.md defines the figures.
 """

@@ -28,7 +28,8 @@ def control_maps(name: str, indices: list[int], size: tuple[int, int], seed: int
     """Maps (batch_size, height, width), float32 in [0, 1], of a control, at the resolution of the feature map.
 
     Args:
-        name: "random_map" (uniform noise, the image's own), "center_gaussian" (sigma 1/4 of each side) or "uniform_map" (ones).
+        name: "random_map" (uniform noise, the image's own), "center_gaussian" (sigma 1/4 of each side) or
+            "uniform_map" (ones).
         indices: of the images within the dataset; with `seed` they determine the noise.
         size: (height, width).
     """
@@ -97,7 +98,7 @@ def fit_temperature(mean_confidence, target: float) -> float:
 
 
 def shuffled_classifier(model: nn.Module, seed: int) -> nn.Module:
-    """A twin of the model that shares all its modules but the classifier, whose weights are shuffled among themselves."""
+    """A twin of the model that shares its modules but the classifier, whose weights are shuffled among themselves."""
     generator = torch.Generator().manual_seed(seed)
     twin = copy.copy(model)
     twin._modules = dict(model._modules)

@@ -82,7 +82,7 @@ class Preprocessor:
         shapes = {tuple(image.shape) for image in processed}
         if len(shapes) > 1:
             raise ValueError(
-                f"image_processor returns images of different sizes {sorted(shapes)}: let it resize or crop to one size."
+                f"image_processor returns images of different sizes {sorted(shapes)}: let it resize or crop to one."
             )
         return torch.stack(processed)
 

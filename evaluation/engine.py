@@ -1,20 +1,19 @@
 """From a block of images to the rows of the per-image table.
 
-One backbone pass of the images serves every method and pooling. Every masked or perturbed image passes the backbone once,
-too, and is scored under all poolings and controls that need it; maps that are equal, such as the raw attention under
-either pooling, share their masked images.
+One backbone pass of the images serves every method and pooling. Every masked or perturbed image passes the backbone
+once, too, and is scored under all poolings and controls that need it; maps that are equal, such as the raw attention
+under either pooling, share their masked images.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch import nn
 
-from modeling_castream.saliency_castream import Features, empty_maps, explain_features, extract
+from modeling_castream.saliency_castream import Features, empty_maps, explain_features
 
-from .controls import control_maps, map_area, match_area, match_norm, rank_correlation, shuffled_classifier
+from .controls import control_maps, map_area, match_area, rank_correlation, shuffled_classifier
 from .data import Block
 from .localization import mask_share, pointing_hit, sparsity
 from .metrics.average_drop.average_drop import average_drop
@@ -28,6 +27,7 @@ from .metrics.pointing_game.pointing_game import pointing_game
 from .metrics.positive_perturbation.positive_perturbation import positive_perturbation
 from .perturbation import mask_images, perturbation_images, pixel_order, upsample_saliency
 from .protocol import deletion_end, inner_points, insertion_start, saliency_order
+from .scoring import Scorer, Scores
 from .settings import (
     CONTROL_MAPS,
     CURVE_METRICS,
@@ -36,6 +36,7 @@ from .settings import (
     PERTURBATION_METRICS,
     EvaluationSettings,
 )
+from .table import Row, reference_map, table_rows
 
 MASKING_FUNCTIONS = {
     "average_drop": average_drop,
@@ -47,119 +48,6 @@ PERTURBATION_FUNCTIONS = {
     "positive_perturbation": positive_perturbation,
     "negative_perturbation": negative_perturbation,
 }
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table: whose map, and who scores it.
-
-    Args:
-        method: a saliency method, or a control map.
-        pooling: of the map.
-        control: "" for the plain protocol.
-        scoring: who gives the probabilities: a pooling, "gap_temperature" or "ca_norm".
-    """
-
-    method: str
-    pooling: str
-    control: str
-    scoring: str
-
-    @property
-    def map_key(self) -> tuple[str, str, bool]:
-        """Method, pooling, and whether the area is matched."""
-        return self.method, self.pooling, "area" in self.control
-
-
-@dataclass
-class Scores:
-    """The target's probability and the predicted class, each (batch_size,), by scoring."""
-
-    probability: dict[str, torch.Tensor]
-    predicted: dict[str, torch.Tensor]
-
-
-def table_rows(settings: EvaluationSettings) -> list[Row]:
-    """The rows that the settings ask for, in the order of the report."""
-    controls, rows = settings.controls, []
-    for method in (*settings.methods, *(name for name in CONTROL_MAPS if name in controls)):
-        for area in ("", "area") if "area" in controls else ("",):
-            rows += [Row(method, pooling, area, pooling) for pooling in settings.poolings]
-            if "map_only" in controls and method not in CONTROL_MAPS:
-                rows.append(Row(method, "ca", "map_only_area" if area else "map_only", "gap"))
-        if "temperature" in controls:
-            rows.append(Row(method, "gap", "temperature", "gap_temperature"))
-        if "norm" in controls:
-            rows.append(Row(method, "ca", "norm", "ca_norm"))
-    return rows
-
-
-class Scorer:
-    """A model, and everything that turns its features into probabilities.
-
-    Args:
-        model: a CAStreamForImageClassification.
-        settings: the evaluation's.
-        temperature: of the scoring "gap_temperature".
-    """
-
-    def __init__(self, model: nn.Module, settings: EvaluationSettings, temperature: float | None = None):
-        self.model, self.settings, self.temperature = model, settings, temperature
-        self.scorings = list(dict.fromkeys(row.scoring for row in table_rows(settings)))
-        self.multi_label = model.config.problem_type == "multi_label_classification"
-
-    def features(self, pixel_values: torch.Tensor) -> Features:
-        """One backbone pass, under the settings' autocast."""
-        dtype = AUTOCAST_DTYPES.get(self.settings.autocast)
-        with torch.autocast(self.model.device.type, dtype, enabled=dtype is not None):
-            return extract(self.model, pixel_values)
-
-    def logits(self, features: Features, scoring: str) -> torch.Tensor:
-        """Logits (batch_size, num_labels), float32, under a scoring."""
-        if scoring == "gap_temperature":
-            return features.logits("gap").float() / self.temperature
-        if scoring == "ca_norm":
-            with torch.no_grad():
-                vector = match_norm(features.pool("ca").pooler_output, features.pool("gap").pooler_output)
-                return self.model.classify(vector, features.cls_token).float()
-        return features.logits(scoring).float()
-
-    def probabilities(self, features: Features, scoring: str) -> torch.Tensor:
-        """Softmax probabilities (batch_size, num_labels); for multi-label models each class's own."""
-        logits = self.logits(features, scoring)
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
-
-    def score(self, pixel_values: torch.Tensor, target: torch.Tensor) -> Scores:
-        """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time."""
-        size = self.settings.batch_size
-        parts = [
-            self.score_features(self.features(images), classes)
-            for images, classes in zip(pixel_values.split(size), target.split(size), strict=True)
-        ]
-        return Scores(
-            {scoring: torch.cat([part.probability[scoring] for part in parts]) for scoring in self.scorings},
-            {scoring: torch.cat([part.predicted[scoring] for part in parts]) for scoring in self.scorings},
-        )
-
-    def score_features(self, features: Features, target: torch.Tensor) -> Scores:
-        """Score images that went through the backbone.
-
-        Raises:
-            ValueError: on NaN or infinite logits.
-        """
-        scores = Scores({}, {})
-        for scoring in self.scorings:
-            probabilities = self.probabilities(features, scoring)
-            bad = (~probabilities.isfinite()).any(1).nonzero().flatten().tolist()
-            if bad:
-                raise ValueError(
-                    f"logits under {scoring} are NaN or infinite for image {bad[0]} of a batch: the weights or, under "
-                    f"autocast={self.settings.autocast!r}, the precision are broken."
-                )
-            scores.probability[scoring] = probabilities.gather(1, target[:, None])[:, 0]
-            scores.predicted[scoring] = probabilities.argmax(1)
-        return scores
 
 
 @dataclass
@@ -200,19 +88,18 @@ def read_items(scorer: Scorer, block: Block) -> Items:
     return Items(image, target, pixel_values, images, features, scorer.score_features(features, target))
 
 
-def compute_maps(
-    model: nn.Module, items: Items, block: Block, settings: EvaluationSettings
-) -> dict[tuple[str, str, bool], torch.Tensor]:
+def compute_maps(scorer: Scorer, items: Items, block: Block) -> dict[tuple[str, str, bool], torch.Tensor]:
     """Every map of the table, (num_items, height, width) in [0, 1] at its own resolution, by `Row.map_key`."""
-    maps, poolings = {}, list(settings.poolings)
+    settings, maps = scorer.settings, {}
+    poolings = list(settings.poolings)
     for method in settings.methods:
-        by_pooling = explain_features(items.features, items.target, method, poolings)
+        by_pooling = _explain(scorer, items.features, items.target, method)
         maps |= {(method, pooling, False): by_pooling[pooling] for pooling in poolings}
     size = items.features.feature_maps[-1].shape[2:]
     for method in CONTROL_MAPS:
         if method in settings.controls:
             indices = [block.indices[place] for place in items.image.tolist()]
-            saliency = control_maps(method, indices, size, settings.seed).to(model.device)
+            saliency = control_maps(method, indices, size, settings.seed).to(scorer.model.device)
             maps |= {(method, pooling, False): saliency for pooling in poolings}
     for key, saliency in maps.items():
         check_saliency(saliency, len(items.target), key[0])
@@ -223,11 +110,11 @@ def compute_maps(
     return maps
 
 
-def reference_map(settings: EvaluationSettings) -> tuple[str, str, bool]:
-    """The map whose area the others are matched to, and the method they are compared with: Grad-CAM under GAP, or,
-    where the settings lack one or the other, their first."""
-    method = "grad_cam" if "grad_cam" in settings.methods else settings.methods[0]
-    return method, "gap" if "gap" in settings.poolings else settings.poolings[0], False
+def _explain(scorer: Scorer, features: Features, target: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
+    """Maps by pooling, at the resolution of the pooled feature map; masks are applied in pixel space."""
+    settings = scorer.settings
+    options = {"image_mean": scorer.mean, "image_std": scorer.std, "chunk_size": settings.batch_size}
+    return explain_features(features, target, method, list(settings.poolings), **options)
 
 
 def check_saliency(saliency: torch.Tensor, num_items: int, method: str) -> None:
@@ -238,7 +125,8 @@ def check_saliency(saliency: torch.Tensor, num_items: int, method: str) -> None:
     """
     if saliency.ndim != 3 or len(saliency) != num_items:
         raise ValueError(
-            f"saliency of {method} has the shape {tuple(saliency.shape)}: give ({num_items}, height, width), one map an image."
+            f"saliency of {method} has the shape {tuple(saliency.shape)}: give ({num_items}, height, width), "
+            "one map an image."
         )
     if not ((saliency >= 0) & (saliency <= 1 + 1e-6)).all():
         raise ValueError(f"saliency of {method} holds NaN or values outside [0, 1]: scale every map to [0, 1].")
@@ -287,13 +175,13 @@ def _score_constant(scorer: Scorer, images: torch.Tensor, target: torch.Tensor) 
     return {scoring: scorer.probabilities(features, scoring)[0, target] for scoring in scorer.scorings}
 
 
-def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveEnds | None, mean, std) -> MapScores:
+def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveEnds | None) -> MapScores:
     """Mask and perturb the items' images by a map and score them; without `ends` only mask."""
     settings = scorer.settings
     upsampled = upsample_saliency(saliency, items.images.shape[2:])
     scores = MapScores(upsampled, None, {}, {})
     if set(settings.metrics) & set(MASKING_METRICS):
-        scores.masked = scorer.score(mask_images(items.images, upsampled, mean, std), items.target)
+        scores.masked = scorer.score(mask_images(items.images, upsampled, scorer.mean, scorer.std), items.target)
     if ends is None:
         return scores
     chunk = max(1, settings.batch_size // len(items.target))
@@ -310,7 +198,8 @@ def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveE
     for name in PERTURBATION_METRICS:
         if name in settings.metrics:
             positive = name == "positive_perturbation"
-            points = perturbation_images(items.images, pixel_order(upsampled), mean, std, positive, chunk)
+            order = pixel_order(upsampled)
+            points = perturbation_images(items.images, order, scorer.mean, scorer.std, positive, chunk)
             scores.perturbed[name] = _score_points(scorer, points, items.target)[1]
     return scores
 
@@ -329,7 +218,7 @@ def _score_points(scorer: Scorer, points: Iterator[torch.Tensor], target: torch.
     )
 
 
-def score_maps(scorer: Scorer, items: Items, maps: dict, mean, std) -> dict[tuple[str, str, bool], MapScores]:
+def score_maps(scorer: Scorer, items: Items, maps: dict) -> dict[tuple[str, str, bool], MapScores]:
     """Score all maps, equal ones once. Area-matched maps are masked only: the power keeps the order of pixels."""
     settings, scored = scorer.settings, []
     wants_curves = set(settings.metrics) & set((*CURVE_METRICS, *PERTURBATION_METRICS))
@@ -342,7 +231,7 @@ def score_maps(scorer: Scorer, items: Items, maps: dict, mean, std) -> dict[tupl
                 by_key[key] = scores
                 break
         else:
-            by_key[key] = score_map(scorer, items, saliency, ends_of_map, mean, std)
+            by_key[key] = score_map(scorer, items, saliency, ends_of_map)
             scored.append((saliency, ends_of_map, by_key[key]))
     return by_key
 
@@ -354,29 +243,26 @@ def randomization_correlation(
     settings = scorer.settings
     features = items.features
     twin = shuffled_classifier(scorer.model, settings.seed)
-    shuffled = Features(twin, features.pixel_values, features.feature_maps, features.cls_token)
+    shuffled = replace(features, model=twin, _pooled={})
     correlations = {}
     for method in settings.methods:
-        after = explain_features(shuffled, items.target, method, list(settings.poolings))
+        after = _explain(scorer, shuffled, items.target, method)
         for pooling in settings.poolings:
             before = maps[method, pooling, False]
             correlations[method, pooling] = rank_correlation(before, after[pooling]).tolist()
     return correlations
 
 
-def evaluate_block(scorer: Scorer, block: Block, mean, std) -> tuple[list[dict], dict]:
+def evaluate_block(scorer: Scorer, block: Block) -> tuple[list[dict], dict]:
     """Evaluate a block.
-
-    Args:
-        mean, std: of the network's input, one value a channel (`Preprocessor`).
 
     Returns:
         The per-image rows, and the maps by `Row.map_key` of each image's first item, on the CPU.
     """
     settings = scorer.settings
     items = read_items(scorer, block)
-    maps = compute_maps(scorer.model, items, block, settings)
-    scores = score_maps(scorer, items, maps, mean, std)
+    maps = compute_maps(scorer, items, block)
+    scores = score_maps(scorer, items, maps)
     correlations = randomization_correlation(scorer, items, maps) if "randomization" in settings.controls else {}
     rows = []
     for row in table_rows(settings):

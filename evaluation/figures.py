@@ -152,7 +152,7 @@ def write_report_examples(path: str | Path, report, columns: Sequence[tuple[str,
 
 
 def write_curves(path: str | Path, report) -> None:
-    """Draw the mean insertion and deletion curves of the plain rows, a colour a method, solid for CA, dashed for GAP."""
+    """Draw the mean insertion and deletion curves: a colour a method, solid for CA, dashed for GAP."""
     from matplotlib.figure import Figure
 
     names = [name for name in CURVE_METRICS if name in report.settings.metrics]

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .engine import Row, reference_map, table_rows
 from .intervals import Interval, mean_interval, paired_interval
 from .settings import CONTROL_MAPS, EvaluationSettings
 from .store import TABLE_NAME, Part, write_atomically
+from .table import Row, reference_map, table_rows
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "timm")
 ABBREVIATIONS = {

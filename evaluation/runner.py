@@ -11,9 +11,10 @@ from tqdm import tqdm
 
 from .controls import fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
-from .engine import Scorer, evaluate_block
+from .engine import evaluate_block
 from .published import published_rows
 from .report import Report, summarize
+from .scoring import Scorer
 from .settings import EvaluationSettings
 from .store import Part, Store, fingerprint_model
 
@@ -49,8 +50,8 @@ def evaluate_saliency(
         The report, the same on all processes.
 
     Raises:
-        ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id out of
-            range, NaN logits, no images, or an output folder that holds another evaluation.
+        ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id
+            out of range, NaN logits, no images, or an output folder that holds another evaluation.
     """
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
@@ -93,7 +94,7 @@ class _Run:
     def report(self, model_name: str) -> Report:
         """Evaluate what is missing, gather, and summarise."""
         temperature = self._temperature() if "temperature" in self.settings.controls else None
-        scorer = Scorer(self.model, self.settings, temperature)
+        scorer = self._scorer(temperature)
         parts = self._evaluate(scorer)
         gathered = gather_object([Part.merge(parts)])
         part = Part.merge([self.finished, *gathered])
@@ -103,6 +104,9 @@ class _Run:
         return Report(
             self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
         )
+
+    def _scorer(self, temperature: float | None) -> Scorer:
+        return Scorer(self.model, self.settings, self.preprocessor.mean, self.preprocessor.std, temperature)
 
     def _blocks(self, description: str, done: set[int]) -> Iterator[Block]:
         """This process's blocks that are not done, prepared, with a progress bar over all images."""
@@ -136,7 +140,8 @@ class _Run:
         if total and skipped > MAX_SKIPPED_SHARE * total:
             last = f", such as {entries[-1]['id']} ({entries[-1]['reason']})" if entries else ""
             raise ValueError(
-                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the dataset."
+                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the "
+                "dataset."
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
@@ -157,7 +162,7 @@ class _Run:
         if not block.ids:
             return Part.of_block(block.number, [], block.skipped)
         try:
-            rows, maps = evaluate_block(scorer, block, self.preprocessor.mean, self.preprocessor.std)
+            rows, maps = evaluate_block(scorer, block)
         except ValueError as error:
             raise ValueError(f"images {block.ids[0]} to {block.ids[-1]}: {error}") from None
         self._keep_examples(block, rows, maps)
@@ -222,7 +227,7 @@ class _Run:
             return found
         if self.examples.rows is iter(self.examples.rows):
             raise ValueError("control 'temperature' reads the examples twice: give a dataset, not an iterator.")
-        scorer = Scorer(self.model, self.settings, temperature=1.0)
+        scorer = self._scorer(temperature=1.0)
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:

@@ -1,8 +1,8 @@
 """The per-image table on disk: parts while a run goes on, one file at its end.
 
-A part is a parquet file that carries the numbers of the blocks it holds, and the images that were skipped in them, in its
-schema's metadata; it appears under its name whole or not at all. A killed run therefore loses at most the blocks since
-its last part, and a new one reads what is there and computes the rest.
+A part is a parquet file that carries the numbers of the blocks it holds, and the images that were skipped in them, in
+its schema's metadata; it appears under its name whole or not at all. A killed run therefore loses at most the blocks
+since its last part, and a new one reads what is there and computes the rest.
 """
 
 import hashlib

@@ -19,4 +19,10 @@ AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
 
-__all__ = ["CAStreamConfig", "CAStreamForImageClassification", "CAStreamImageProcessor", "CAStreamModel", "explain"]
+__all__ = [
+    "CAStreamConfig",
+    "CAStreamForImageClassification",
+    "CAStreamImageProcessor",
+    "CAStreamModel",
+    "explain",
+]
