@@ -77,16 +77,16 @@ def score_cam_contenders(network: str) -> dict[str, Callable]:
     }
 
 
-def take_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, after one round that does not count."""
+def take_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of every contender in every round, after one round that does not count."""
     names, seconds = list(contenders), {name: [] for name in contenders}
     for index in range(rounds + 1):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             contenders[name]()
             if index:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return seconds
 
 
@@ -106,16 +106,19 @@ def measured_peak(kind: str, network: str, contender: str, options: argparse.Nam
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def report(kind: str, network: str, seconds: dict[str, list[float]], options: argparse.Namespace) -> None:
+def report(kind: str, network: str, seconds: dict[str, list[tuple]], options: argparse.Namespace) -> None:
     """Print one table; the first contender is what the others are compared with."""
     base, *_ = seconds
-    print(
-        f"\n{kind}, {network}\n\n| | seconds | time relative to {base} | peak memory, MiB |\n| --- | --- | --- | --- |"
-    )
+    heads = ("", "seconds", f"relative to {base}", "processor seconds, relative", "peak memory, MiB")
+    print(f"\n{kind}, {network}\n\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for name, values in seconds.items():
-        ratio = statistics.median(one / other for one, other in zip(values, seconds[base], strict=True))
+        wall, processor = (
+            statistics.median(one[clock] / other[clock] for one, other in zip(values, seconds[base], strict=True))
+            for clock in (0, 1)
+        )
         peak = "" if options.no_memory else measured_peak(kind, network, name, options)
-        print(f"| {name} | {statistics.median(values):.3f} | {ratio:.3f} | {peak} |", flush=True)
+        median = statistics.median(value[0] for value in values)
+        print(f"| {name} | {median:.3f} | {wall:.3f} | {processor:.3f} | {peak} |", flush=True)
 
 
 def correlation(network: str) -> float:
