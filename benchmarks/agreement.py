@@ -19,7 +19,7 @@ from benchmarks.networks import NETWORKS, images, pooled_layer
 from benchmarks.peers import Logits, LogProbability, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
 
-HEAVY_SIZE = 96  # pixels of the images of methods that pass each channel through the network
+HEAVY_SIZE = 64  # pixels of the images of methods that pass each channel through the network
 LOW = {"upsample": False}
 SIGNED = {"upsample": False, "relu": False, "normalize": False}
 
