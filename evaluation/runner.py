@@ -121,27 +121,26 @@ class _Run:
             unit="image",
             disable=not accelerator.is_main_process,
         )
-        seen = skipped = waiting = 0
+        seen, skipped, waiting = 0, [], 0
         with bar:
             for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
                 waiting += len(rows) if number not in done else 0
                 if number % accelerator.num_processes != accelerator.process_index or number in done:
                     continue
                 block = prepare_block(number, rows, self.preprocessor, self.model.config.num_labels)
-                seen, skipped = seen + len(rows), skipped + len(block.skipped)
-                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None), block.skipped)
+                seen, skipped = seen + len(rows), skipped + block.skipped
+                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None))
                 yield block
                 bar.update(waiting)
                 waiting = 0
             bar.update(waiting)
 
-    def _check_skipped(self, skipped: int, total: int | None, entries: list[dict]) -> None:
+    def _check_skipped(self, skipped: list[dict], total: int | None) -> None:
         """Stop once more images could not be decoded than may be left out."""
-        if total and skipped > MAX_SKIPPED_SHARE * total:
-            last = f", such as {entries[-1]['id']} ({entries[-1]['reason']})" if entries else ""
+        if total and len(skipped) > MAX_SKIPPED_SHARE * total:
             raise ValueError(
-                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the "
-                "dataset."
+                f"{len(skipped)} of {total} images cannot be decoded, such as {skipped[-1]['id']} "
+                f"({skipped[-1]['reason']}): more than 1 % would bias the result, repair the dataset."
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
@@ -218,7 +217,7 @@ class _Run:
             raise RuntimeError(f"images were not counted exactly once: {len(indices)} in {len(part.blocks)} blocks.")
         if not indices:
             raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
-        self._check_skipped(len(part.skipped), len(indices), part.skipped)
+        self._check_skipped(part.skipped, len(indices))
 
     def _temperature(self) -> float:
         """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
