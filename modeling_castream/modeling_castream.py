@@ -331,6 +331,16 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
     def frozen_modules(self) -> list[nn.Module]:
         return self.castream.frozen_modules() + ([self.head, self.classifier] if self.config.freeze_classifier else [])
 
+    def explainer(self, image_processor):
+        """The image-explanation pipeline of this very model, for images as `image_processor` prepares them.
+
+        Saving, and loading with `trust_remote_code=True`, carry along whatever the model's code imports: this import
+        brings the pipeline into every saved folder.
+        """
+        from .pipeline_castream import ImageExplanationPipeline  # here, since importing pipelines takes a second
+
+        return ImageExplanationPipeline(model=self, image_processor=image_processor)
+
     def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""
         features = self.head(pooler_output)
