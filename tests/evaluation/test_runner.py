@@ -16,7 +16,11 @@ from tests.evaluation.small import small_examples, small_image, small_model, sma
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = EvaluationSettings(
-    methods=("grad_cam",), metrics=("average_drop", "insertion"), batch_size=2, num_examples=2, controls=("temperature", "random_map")
+    methods=("grad_cam",),
+    metrics=("average_drop", "insertion"),
+    batch_size=2,
+    num_examples=1,
+    controls=("temperature", "random_map"),
 )
 
 
