@@ -134,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
     """One request. Each route is a method; its pattern's groups are its arguments."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer
+    disable_nagle_algorithm = True
     stand_in: HubStandIn
 
     def log_message(self, *_):
