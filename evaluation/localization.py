@@ -26,7 +26,7 @@ def pointing_hit(saliency: torch.Tensor, mask: torch.Tensor, tolerance: float = 
     The maximum is a hit if a pixel of the mask is within `tolerance` pixels of it (Euclidean; the paper uses 15). Of
     several equal maxima the last by index counts, the first of `evaluation.perturbation.pixel_order`.
 
-    Source: Zhang et al., Top-down neural attention by excitation backprop, arXiv:1608.00507, section 4.1.
+    Source: Zhang et al., Top-down neural attention by excitation backprop, arXiv:1608.00507.
     """
     _check(saliency, mask)
     if not tolerance >= 0:
@@ -43,7 +43,7 @@ def pointing_hit(saliency: torch.Tensor, mask: torch.Tensor, tolerance: float = 
 def sparsity(saliency: torch.Tensor) -> torch.Tensor:
     """Maximum over mean of the map, (batch_size,) float64, at least 1 and unbounded by any scale; 1 for a flat map.
 
-    Source: Gomez et al., arXiv:2201.13291, section "sparsity".
+    Source: Gomez et al., arXiv:2201.13291.
     """
     _check(saliency)
     values = saliency.double().flatten(1)

@@ -113,8 +113,10 @@ def blur_images(
     reach = kernel_size // 2
     planes = pixel_values.reshape(-1, 1, height, width)
     mode = "constant" if padding == "zeros" else "reflect"
-    planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode=mode), profile.view(1, 1, -1, 1))
-    planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode=mode), profile.view(1, 1, 1, -1))
+    # a caller's autocast is meant for the network, not for its input
+    with torch.autocast(pixel_values.device.type, enabled=False):
+        planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode=mode), profile.view(1, 1, -1, 1))
+        planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode=mode), profile.view(1, 1, 1, -1))
     return planes.view(batch_size, num_channels, height, width)
 
 
@@ -157,7 +159,7 @@ def insertion_images(
         points: which points of the curve, 0 (blurred image) .. num_steps (the image itself); None for all. The ends
             are the same for every map, so a caller with several maps can make them once.
 
-    Source: Petsiuk et al., RISE, arXiv:1806.07421, section 4.2, with the reference's step, blur and space.
+    Source: Petsiuk et al., RISE, arXiv:1806.07421, with the reference's step, blur and space.
     """
     _check_images(pixel_values)
     return transition_images(
@@ -199,7 +201,7 @@ def perturbation_images(
 
     Yields: as `transition_images`, nine points in all.
 
-    Source: Chefer et al., arXiv:2012.09838, section 4, as the CA-Stream reference computes it.
+    Source: Chefer et al., arXiv:2012.09838, as the CA-Stream reference computes it.
     """
     _check_images(images)
     start = normalize_images(images, mean, std)

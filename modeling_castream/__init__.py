@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_castream import CAStreamConfig
+from .image_processing_castream import CAStreamImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
 from .pipeline_castream import ImageExplanationPipeline
 from .saliency_castream import explain
@@ -15,6 +16,7 @@ from .saliency_castream import explain
 CAStreamConfig.register_for_auto_class()
 CAStreamModel.register_for_auto_class("AutoModel")
 CAStreamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+CAStreamImageProcessor.register_for_auto_class()
 AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
@@ -26,6 +28,7 @@ if "image-explanation" not in PIPELINE_REGISTRY.supported_tasks:
 __all__ = [
     "CAStreamConfig",
     "CAStreamForImageClassification",
+    "CAStreamImageProcessor",
     "CAStreamModel",
     "ImageExplanationPipeline",
     "explain",

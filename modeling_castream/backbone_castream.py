@@ -73,16 +73,21 @@ def build_layers(specs: list[dict], num_channels: int, spatial: bool, name: str)
     return nn.Sequential(*layers), num_channels
 
 
-def _capture(name: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+def _capture(name: str, module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
     captured = _captured.get()
     if captured is not None:
-        captured[name] = output
+        captured[name] = output[0] if isinstance(output, tuple) else output
+
+
+def _stage_config(backbone_config):
+    """The config that holds a backbone's stages: in an image-and-text model's (TIPSv2), that of its image side."""
+    return getattr(backbone_config, "vision_config", backbone_config)
 
 
 def _stage_names(backbone_config) -> list[str]:
     """Names of all stages of a backbone, shallow to deep."""
     if backbone_config.model_type != "timm_backbone":
-        return list(backbone_config.stage_names)
+        return list(_stage_config(backbone_config).stage_names)
     import timm  # timm knows a network's stages only once it is built
 
     with torch.device("meta"):
@@ -101,15 +106,16 @@ def resolve_stream_layers(config) -> list[str]:
     Raises:
         ValueError: where the last of `config.stream_layers` is not the pooled feature map.
     """
-    backbone_config, layers = config.backbone_config, config.stream_layers
+    backbone_config, layers = _stage_config(config.backbone_config), config.stream_layers
     is_timm = backbone_config.model_type == "timm_backbone"
     names = _stage_names(backbone_config)
     if layers is None:
         stages = [names[index] for index in backbone_config.out_indices]
-        if len(stages) == 1 and config.variant == "stream":
+        if config.variant == "final":
+            stages = stages[-1:]
+        elif len(stages) == 1:
             stages = names
         layers = [*stages[:-1], NECK if config.neck_layers else stages[-1]]
-        layers = layers[-1:] if config.variant == "final" else layers
     else:
         stages = [name for name in names if name in layers or (name == names[-1] and layers[-1] == NECK)]
     pooled = NECK if config.neck_layers else (stages[-1] if stages else names[-1])
@@ -126,10 +132,10 @@ def resolve_stream_layers(config) -> list[str]:
 def build_backbone(config) -> nn.Module:
     """Build the backbone of a CAStreamConfig, behaving as the backbone of its family's classifier does.
 
-    Writes `config.stream_layers`, and `config.stream_channels` except for the neck, which is not built here.
+    Writes `config.stream_layers`.
 
     Raises:
-        ValueError: on a stream layer that the backbone does not have, or whose number of channels is unknown.
+        ValueError: on a stream layer that the backbone does not have.
     """
     stages = resolve_stream_layers(config)
     backbone = AutoBackbone.from_config(config.backbone_config)
@@ -148,10 +154,6 @@ def build_backbone(config) -> nn.Module:
                 f"stream_layers names {name!r}, which is neither a stage ({', '.join(backbone.stage_names)}) nor a "
                 f"submodule of {type(backbone).__name__}."
             ) from None
-        if config.stream_channels is None:
-            raise ValueError(
-                f"stream_layers names the submodule {name!r}: stream_channels is needed to build its pooling."
-            )
         while isinstance(module, nn.ModuleList):  # such a list runs item by item: what comes out is its last one's
             module = module[-1]
         module.register_forward_hook(partial(_capture, name))
@@ -166,9 +168,63 @@ def _match_swin_windows(backbone: nn.Module) -> None:
                 block.shift_size = 0
 
 
-def stage_channels(backbone: nn.Module) -> dict[str, int]:
-    """Number of channels of every stage of a backbone."""
-    return dict(zip(backbone.stage_names, backbone.num_features, strict=True))
+def feature_channels(config) -> dict[str, int]:
+    """Find the number of channels of every feature map that a CAStreamConfig takes from its backbone.
+
+    What a backbone says of itself (`num_features`) is not always what it returns (FocalNet, UVDoc), and of its
+    submodules it says nothing. A forward pass on the meta device, which has shapes and no data, settles both.
+
+    Returns:
+        Channels by name of stage or submodule.
+
+    Raises:
+        ValueError: on a backbone that cannot run on its own image size, or yields something else than spatial maps.
+    """
+    with torch.device("meta"):
+        backbone = build_backbone(config).eval().to("meta")  # what a constructor made elsewhere, too
+    shape = (1, getattr(backbone.config, "num_channels", 3), *_image_size(backbone))
+    try:
+        feature_maps, _ = run_backbone(backbone, torch.empty(shape, dtype=backbone.dtype, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"backbone_config: {type(backbone).__name__} does not run on pixel_values of shape {shape}: {error}"
+        ) from error
+    for name, feature_map in feature_maps.items():
+        if feature_map.ndim != 4:
+            raise ValueError(
+                f"stream_layers: {name!r} of {type(backbone).__name__} has the shape {tuple(feature_map.shape)}; "
+                "the stream reads maps of shape (batch_size, num_channels, height, width)."
+            )
+    return {name: feature_map.shape[1] for name, feature_map in feature_maps.items()}
+
+
+def _image_size(backbone: nn.Module) -> tuple[int, int]:
+    """Height and width that a backbone is made for, 224 where it takes any."""
+    if backbone.config.model_type == "timm_backbone":
+        return tuple(backbone._backbone.default_cfg["input_size"][-2:])
+    size = getattr(backbone.config, "image_size", None) or 224
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def run_backbone(backbone: nn.Module, pixel_values: torch.Tensor, **kwargs) -> tuple[dict[str, torch.Tensor], object]:
+    """Run a backbone that `build_backbone` made.
+
+    Args:
+        pixel_values: (batch_size, num_channels, height, width), normalised.
+
+    Returns:
+        The feature maps of its stages and captured submodules by name, channels first; and the backbone's own output.
+    """
+    captured = {}
+    token = _captured.set(captured)
+    try:
+        output = backbone(pixel_values, **kwargs)
+    finally:
+        _captured.reset(token)
+    feature_maps = dict(zip(backbone.out_features, output.feature_maps, strict=True)) | captured
+    if is_channels_last(backbone):
+        feature_maps = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in feature_maps.items()}
+    return feature_maps, output
 
 
 def read_feature_maps(
@@ -183,18 +239,10 @@ def read_feature_maps(
         The feature maps named by `config.stream_layers`, each (batch_size, num_channels_l, height_l, width_l), the
         pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
     """
-    captured = {}
-    token = _captured.set(captured)
-    try:
-        output = backbone(pixel_values, output_hidden_states=config.classifier_cls_token)
-    finally:
-        _captured.reset(token)
-    named = dict(zip(backbone.out_features, output.feature_maps, strict=True)) | captured
-    if is_channels_last(backbone):
-        named = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in named.items()}
-    named[NECK] = neck(named[backbone.out_features[-1]])
+    feature_maps, output = run_backbone(backbone, pixel_values, output_hidden_states=config.classifier_cls_token)
+    feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
     cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
-    return tuple(named[name] for name in config.stream_layers), cls_token
+    return tuple(feature_maps[name] for name in config.stream_layers), cls_token
 
 
 def is_channels_last(backbone: nn.Module) -> bool:

@@ -13,8 +13,8 @@ EPS = 2.2e-16  # of every ratio below: the reference's (numpy's float64 epsilon)
 
 
 def combine(weights: torch.Tensor, feature_map: torch.Tensor) -> torch.Tensor:
-    """The map sum_k w_k A_k: (batch_size, height, width)."""
-    return torch.einsum("bk,bkhw->bhw", weights, feature_map)
+    """The map sum_k w_k A_k: (batch_size, ..., num_channels) and A -> (batch_size, ..., height, width)."""
+    return torch.einsum("b...k,bkhw->b...hw", weights, feature_map)
 
 
 def grad_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -48,6 +48,46 @@ def grad_cam_plus_plus_weights(feature_map: torch.Tensor, gradients: torch.Tenso
 def grad_cam_plus_plus(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """The map of `grad_cam_plus_plus_weights`."""
     return combine(grad_cam_plus_plus_weights(feature_map, gradients), feature_map)
+
+
+def hires_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """sum_k g_k(p) A_k(p). Source: HiResCAM, arXiv:2011.08891v4, Eq. 4."""
+    return (gradients * feature_map).sum(1)
+
+
+def layer_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """sum_k relu(g_k(p)) A_k(p). Source: LayerCAM, doi:10.1109/TIP.2021.3089943, Eqs. 5-7."""
+    return (gradients.relu() * feature_map).sum(1)
+
+
+def xgrad_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """w_k = sum_p g_k(p) A_k(p) / sum_p A_k(p), 0 for a zero denominator.
+
+    Source: XGrad-CAM, arXiv:2008.02312v4, Eq. 8.
+    """
+    total = feature_map.sum((2, 3))
+    weights = (gradients * feature_map).sum((2, 3)) / torch.where(total == 0, 1, total)
+    return combine(torch.where(total == 0, 0, weights), feature_map)
+
+
+def eigen_cam(feature_map: torch.Tensor) -> torch.Tensor:
+    """A's projection on its first right singular vector, positions being rows; not centred, the same for all classes.
+
+    The sign of a singular vector is arbitrary: here the map's sum is not negative. Non-finite items yield NaN.
+    Source: Eigen-CAM, arXiv:2008.00299v1, Eqs. 3-4.
+    """
+    rows = feature_map.flatten(2).transpose(1, 2).double()  # (batch, positions, channels)
+    finite = rows.isfinite().all((1, 2), keepdim=True)
+    rows = torch.where(finite, rows, 0)
+    if rows.shape[1] <= rows.shape[2]:  # the eigenvectors of the smaller one of A A^T and A^T A
+        values, vectors = torch.linalg.eigh(rows @ rows.transpose(1, 2))
+        projection = vectors[:, :, -1] * values[:, -1:].clamp_min(0).sqrt()
+    else:
+        vectors = torch.linalg.eigh(rows.transpose(1, 2) @ rows).eigenvectors
+        projection = (rows @ vectors[:, :, -1:]).squeeze(2)
+    projection = torch.where(projection.sum(1, keepdim=True) < 0, -projection, projection)
+    projection = torch.where(finite.squeeze(2), projection, torch.nan)
+    return projection.unflatten(1, feature_map.shape[2:]).float()
 
 
 def attention_terms(direction: torch.Tensor, feature_map: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
@@ -92,8 +132,12 @@ __all__ = [
     "attention_terms",
     "combine",
     "cosine_cam",
+    "eigen_cam",
     "grad_cam",
     "grad_cam_plus_plus",
     "grad_cam_plus_plus_weights",
+    "hires_cam",
+    "layer_cam",
     "normalize_maps",
+    "xgrad_cam",
 ]

@@ -52,7 +52,7 @@ class CAStreamConfig(PreTrainedConfig):
             names if that is more than one stage, else all stages (`variant="stream"`); the pooled feature map
             (`variant="final"`). The model writes the list it used here.
         stream_channels (`list[int]`, *optional*):
-            Number of channels at each of `stream_layers`. Needed where a layer is a submodule, known otherwise.
+            Number of channels at each of `stream_layers`. `None`: the model finds them, and writes them here.
         num_attention_heads (`int`, defaults to 1):
             Heads of every pooling; each d_l must be divisible by it.
         query (`str`, defaults to `"class_agnostic"`):
@@ -120,6 +120,9 @@ class CAStreamConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         # The model narrows out_features to what the stream reads; the caller's object must not feel that.
         self.backbone_config = copy.deepcopy(self.backbone_config)
+        for name, value in vars(self.backbone_config).items():
+            if isinstance(value, tuple):  # as after a reload; ConvNeXt and FocalNet take no tuples, their own defaults
+                setattr(self.backbone_config, name, list(value))
         family = self.backbone_config.model_type
         if self.neck_layers is None:
             self.neck_layers = self._resolve_eps(_FAMILY_NECK.get(family, []))

@@ -1,6 +1,7 @@
 """What all explanations of a batch share: one forward pass, and the ways to differentiate a logit at a feature map.
 
-Nothing here touches the model: no hook, no `requires_grad`, no mode that is not put back.
+Nothing here touches the model: no hook, no `requires_grad`, no mode that is not put back. Whatever computes does so
+within `evaluating(model)`.
 """
 
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 # Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
@@ -18,16 +20,17 @@ _LAYOUT_NODES = {
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Eval mode, without gradient and outside of inference mode; afterwards every submodule has its own flag again.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradient, autocast or inference mode; afterwards every submodule has its own flag again.
 
-    The tensors made inside are ordinary ones, which autograd accepts, also within a caller's `torch.inference_mode()`.
+    Poolers and classifiers are cheap and their gradients small: they run in the model's dtype. The tensors made inside
+    are ordinary ones, which autograd accepts, also within a caller's `torch.inference_mode()`.
     """
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
         for module in training:
@@ -58,12 +61,14 @@ class Features:
         pixel_values: (batch_size, num_channels, height, width), on the model's device and in its dtype.
         feature_maps: what the stream reads, shallow to deep, the pooled map last.
         cls_token: (batch_size, hidden_size), or None where the classifier does not read it.
+        autocast_dtype: what the backbone ran under, None for no autocast.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     pixel_values: torch.Tensor
     feature_maps: tuple[torch.Tensor, ...]
     cls_token: torch.Tensor | None
+    autocast_dtype: torch.dtype | None = None
     _pooled: dict[str, Pooled] = field(default_factory=dict)
 
     def pool(self, pooling: str | None = None) -> Pooled:
@@ -86,11 +91,11 @@ class Features:
         """The items at `index` (a LongTensor; repeats allowed), e.g. one for each of an image's labels."""
         cls_token = None if self.cls_token is None else self.cls_token[index]
         feature_maps = tuple(feature_map[index] for feature_map in self.feature_maps)
-        return Features(self.model, self.pixel_values[index], feature_maps, cls_token)
+        return Features(self.model, self.pixel_values[index], feature_maps, cls_token, self.autocast_dtype)
 
 
-def extract(model: torch.nn.Module, pixel_values: torch.Tensor) -> Features:
-    """Run the backbone once, for any number of explanations.
+def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
+    """Run the backbone once, for any number of explanations, under the caller's autocast if there is one.
 
     Args:
         model: a CAStreamForImageClassification.
@@ -106,27 +111,29 @@ def extract(model: torch.nn.Module, pixel_values: torch.Tensor) -> Features:
         )
     if isinstance(pixel_values, torch.Tensor):
         pixel_values = pixel_values.detach().to(model.device, model.dtype)
+    kind = model.device.type
+    autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     with evaluating(model):
-        feature_maps, cls_token = run_backbone(model, pixel_values)
-    return Features(model, pixel_values, feature_maps, cls_token)
+        feature_maps, cls_token = run_backbone(model, pixel_values, autocast_dtype)
+    return Features(model, pixel_values, feature_maps, cls_token, autocast_dtype)
 
 
 def run_backbone(
-    model: torch.nn.Module, pixel_values: torch.Tensor
+    model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
-    feature_maps, cls_token = model.castream.extract_features(pixel_values)
+    with torch.autocast(pixel_values.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)
     return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token
 
 
 def pool_and_classify(
-    model: torch.nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
+    model: nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
 ) -> Pooled:
-    """Pooler and classifier, in the model's dtype even under autocast: they are cheap and their gradients are small."""
-    with torch.autocast(feature_maps[-1].device.type, enabled=False):
-        pooler_output, attention_maps = model.castream.pool_features(feature_maps, pooling)
-        return Pooled(pooler_output, attention_maps, model.classify(pooler_output, cls_token))
+    """The part of the forward pass that differs between poolings."""
+    pooler_output, attention_maps = model.castream.pool_features(feature_maps, pooling)
+    return Pooled(pooler_output, attention_maps, model.classify(pooler_output, cls_token))
 
 
 def _score(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -139,23 +146,32 @@ def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> 
 
     q_L comes from the shallower maps and softmax does not see a shift of all scores, so a shift by s moves the pooled
     vector by W_L s (by s under global average pooling): v_c = W_L^T d logit_c / d pooler_output, which needs no
-    gradient at the map.
+    gradient at the map. With a linear classifier it is one matrix product.
 
     Returns:
         (batch_size, num_channels), float32: sum_p d logit_c / d F_L(p).
     """
+    direction = _pooled_gradients(features, target, pooling)
+    projection = features.model.castream.stream.blocks[-1].projection
+    if pooling == "gap" or type(projection) is nn.Identity:
+        return direction.float()
+    if type(projection) is nn.Linear:
+        return (direction @ projection.weight).float()
+    with torch.enable_grad():  # a linear map of another kind, e.g. with an adapter
+        origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
+        return torch.autograd.grad(projection(origin), origin, direction)[0].float()
+
+
+def _pooled_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
+    """d logit_c / d pooler_output, (batch_size, num_channels); of class-specific queries, for the target's token."""
     model = features.model
-    with torch.enable_grad(), torch.autocast(features.pixel_values.device.type, enabled=False):
+    if type(model.classifier) is nn.Linear and not len(model.head):  # constant: the class's weights
+        return model.classifier.weight[target, -features.feature_maps[-1].shape[1] :]
+    with torch.enable_grad():
         pooler_output = features.pool(pooling).pooler_output.detach().requires_grad_()
         logits = model.classify(pooler_output, features.cls_token)
-        (direction,) = torch.autograd.grad(_score(logits, target), pooler_output)
-        if direction.ndim == 3:  # class-specific: only the target's token has a gradient
-            direction = direction.sum(1)
-        if pooling == "ca":  # W_L^T v, through the module, since W_L may be absent or wrapped by an adapter
-            origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
-            projected = model.castream.stream.blocks[-1].projection(origin)
-            (direction,) = torch.autograd.grad(projected, origin, direction)
-    return direction.float()
+        (gradients,) = torch.autograd.grad(_score(logits, target), pooler_output)
+    return gradients.sum(1) if gradients.ndim == 3 else gradients
 
 
 def pooled_map_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -179,7 +195,7 @@ def inner_map_gradients(features: Features, target: torch.Tensor, pooling: str, 
     model = features.model
     with torch.enable_grad():
         pixel_values = features.pixel_values.clone().requires_grad_()  # a frozen backbone records no graph without
-        feature_maps, cls_token = run_backbone(model, pixel_values)
+        feature_maps, cls_token = run_backbone(model, pixel_values, features.autocast_dtype)
         edge = _edge_on_path(feature_maps[layer], feature_maps[-1])
         if edge is None:
             raise ValueError(

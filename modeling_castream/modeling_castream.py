@@ -22,8 +22,9 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from .backbone_castream import NECK, build_backbone, build_layers, read_feature_maps, stage_channels
+from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
 from .configuration_castream import POOLINGS, CAStreamConfig
+from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 
 
 @dataclass
@@ -218,12 +219,14 @@ class CAStreamModel(CAStreamPreTrainedModel):
     def __init__(self, config: CAStreamConfig):
         super().__init__(config)
         self.backbone = build_backbone(config)
-        channels = stage_channels(self.backbone)
-        self.neck, channels[NECK] = build_layers(
-            config.neck_layers, channels[self.backbone.out_features[-1]], spatial=True, name="neck_layers"
-        )
-        if config.stream_channels is None:
-            config.stream_channels = [channels[name] for name in config.stream_layers]
+        self.neck = nn.Identity()
+        if config.stream_channels is None or config.neck_layers:
+            channels = feature_channels(config)
+            self.neck, channels[NECK] = build_layers(
+                config.neck_layers, channels[self.backbone.out_features[-1]], spatial=True, name="neck_layers"
+            )
+            if config.stream_channels is None:
+                config.stream_channels = [channels[name] for name in config.stream_layers]
         num_queries = config.num_labels if config.query == "class_specific" else 1
         self.stream = CrossAttentionStream(
             config.stream_channels, num_queries, config.num_attention_heads, config.output_projection

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from .cam_castream import attention_terms, cosine_cam, grad_cam, grad_cam_plus_plus, normalize_maps
+from .cam_castream import (
+    attention_terms,
+    combine,
+    cosine_cam,
+    eigen_cam,
+    grad_cam,
+    grad_cam_plus_plus,
+    hires_cam,
+    layer_cam,
+    normalize_maps,
+    xgrad_cam,
+)
 from .features_castream import (
     Features,
     evaluating,
@@ -20,14 +31,19 @@ from .features_castream import (
     pooled_direction,
     pooled_map_gradients,
 )
+from .masking_castream import ablation_cam_weights, score_cam_weights
 
 _FROM_GRADIENTS = {
     "grad_cam": grad_cam,
     "cosine_cam": cosine_cam,
     "grad_cam_plus_plus": grad_cam_plus_plus,
+    "hires_cam": hires_cam,
+    "layer_cam": layer_cam,
+    "xgrad_cam": xgrad_cam,
 }
-METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS)
-_WITHOUT_RELU = ("raw_attention",)
+METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS, "score_cam", "ablation_cam", "eigen_cam")
+_WITHOUT_RELU = ("raw_attention", "eigen_cam")
+_POOLED_LAYER_ONLY = ("attention_cam", "ablation_cam")
 
 Target = int | str | Sequence[int | str] | torch.Tensor | None
 
@@ -43,6 +59,10 @@ def explain(
     relu: bool | None = None,
     normalize: bool = True,
     upsample: bool = True,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    chunk_size: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Saliency maps of a batch of images. The model is left exactly as it was.
 
@@ -56,10 +76,16 @@ def explain(
         pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
         layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
             `"all"` for each of them, stacked on the second axis. At other layers than the pooled one, methods that need
-            gradients pay a forward and a backward pass through the backbone.
+            gradients pay a forward and a backward pass through the backbone, and `"attention_cam"` and `"ablation_cam"`
+            do not exist.
         relu: whether negative values are cut off; None, as the method's paper does.
         normalize: whether maps are min-max scaled to [0, 1]. With `normalize=False, relu=False` they are signed, raw.
         upsample: whether maps get the images' size, or keep that of the layer.
+        image_mean, image_std: for `"score_cam"`, those of the image processor: channels then mask the image in [0, 1],
+            as in the paper. None: they mask `pixel_values`, so that what is masked fades to the mean colour, not black.
+        chunk_size: for `"score_cam"` and `"ablation_cam"`, the masked images or maps to run at a time;
+            None: what suits the device.
+        autocast_dtype: for `"score_cam"`, the dtype of the backbone's passes over masked images, e.g. torch.bfloat16.
 
     Returns:
         (batch_size, height, width), float32, in [0, 1], on the model's device. A map that is flat or has no positive
@@ -76,7 +102,14 @@ def explain(
     ```
     """
     features = extract(model, pixel_values)
-    options = {"relu": relu, "normalize": normalize}
+    options = {
+        "relu": relu,
+        "normalize": normalize,
+        "image_mean": image_mean,
+        "image_std": image_std,
+        "chunk_size": chunk_size,
+        "autocast_dtype": autocast_dtype,
+    }
     if isinstance(layer, str) and layer == "all":
         if not upsample:
             raise ValueError("layer='all' needs upsample=True: the layers' maps have different sizes.")
@@ -101,13 +134,17 @@ def explain_features(
     layer: int | str = -1,
     relu: bool | None = None,
     normalize: bool = True,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    chunk_size: int | None = None,
+    autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Saliency maps at the target layer's resolution, from features that methods and poolings share.
 
     Args:
         features: what `extract(model, pixel_values)` returned.
-        pooling: as in `explain`, or several, which share whatever they can.
-        target, method, layer, relu, normalize: as in `explain`.
+        pooling: as in `explain`, or several: Score-CAM then passes its masked images through the backbone once for all.
+        target, method, layer, relu, normalize, image_mean, image_std, chunk_size, autocast_dtype: as in `explain`.
 
     Returns:
         (batch_size, height_l, width_l), or (batch_size, num_targets, height_l, width_l) for a `target` of that shape,
@@ -122,9 +159,18 @@ def explain_features(
     single = pooling is None or isinstance(pooling, str)
     poolings = [pooling or model.config.pooling] if single else list(pooling)
     index = resolve_layer(model.config, layer)
+    if method in _POOLED_LAYER_ONLY and index != len(features.feature_maps) - 1:
+        raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
         targets = {name: resolve_target(model.config, target, features.logits(name)) for name in poolings}
-        maps = {name: _raw_maps(features, targets[name], method, name, index) for name in poolings}
+        if method == "score_cam":
+            masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
+            weights = score_cam_weights(features, targets, index, chunk_size=chunk_size, **masking)
+            maps = {name: combine(weights[name], features.feature_maps[index].float()) for name in poolings}
+        else:
+            maps = {name: _raw_maps(features, targets[name], method, name, index, chunk_size) for name in poolings}
     relu = method not in _WITHOUT_RELU if relu is None else relu
     maps = {name: _finish(one, features.logits(name), relu, normalize) for name, one in maps.items()}
     return maps[poolings[0]] if single else maps
@@ -199,21 +245,24 @@ def _class_id(config, entry: int | str) -> int:
         raise ValueError(f"target must be a class id or a label of the model, got {entry!r}.") from None
 
 
-def _raw_maps(features: Features, target: torch.Tensor, method: str, pooling: str, layer: int) -> torch.Tensor:
+def _raw_maps(
+    features: Features, target: torch.Tensor, method: str, pooling: str, layer: int, chunk_size: int | None
+) -> torch.Tensor:
     """Signed maps before ReLU and scaling: (batch_size, [num_targets,] height_l, width_l), float32."""
     if target.ndim == 2:
-        return torch.stack([_raw_maps(features, one, method, pooling, layer) for one in target.unbind(1)], dim=1)
+        maps = [_raw_maps(features, one, method, pooling, layer, chunk_size) for one in target.unbind(1)]
+        return torch.stack(maps, dim=1)
     feature_map = features.feature_maps[layer].float()
     pooled = layer == len(features.feature_maps) - 1
     if method == "raw_attention":
         return _attention(features, target, pooling, layer).mean(1)
     if method == "attention_cam":
-        if not pooled:
-            raise ValueError(
-                f"method 'attention_cam' decomposes the logit at the pooled layer only (layer=-1), got {layer}."
-            )
         attention = _attention(features, target, pooling, layer) if pooling == "ca" else None
         return attention_terms(pooled_direction(features, target, pooling), feature_map, attention)
+    if method == "ablation_cam":
+        return combine(ablation_cam_weights(features, target, pooling, chunk_size=chunk_size), feature_map)
+    if method == "eigen_cam":
+        return eigen_cam(feature_map)
     if pooled and method in ("grad_cam", "cosine_cam"):  # the mean of the gradient is enough, and has a closed form
         mean = pooled_direction(features, target, pooling)[:, :, None, None] / feature_map[0, 0].numel()
         return _FROM_GRADIENTS[method](feature_map, mean)
@@ -225,7 +274,7 @@ def _raw_maps(features: Features, target: torch.Tensor, method: str, pooling: st
 
 
 def _attention(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
-    """A block's attention (batch_size, num_heads, height_l, width_l), float32; of class-specific queries the target's."""
+    """A block's attention (batch_size, num_heads, height_l, width_l), float32; the target's if class-specific."""
     attention = features.pool(pooling).attention_maps[layer].float()
     if features.model.config.query == "class_specific":
         return attention[torch.arange(len(target), device=target.device), target][:, None]

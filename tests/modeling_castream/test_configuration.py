@@ -94,7 +94,6 @@ def test_bad_values_are_named(kwargs, message):
     [
         ({"stream_layers": ["stage4", "stage3"]}, "must end with the pooled feature map 'stage4'"),
         ({"stream_layers": ["stage9", "stage4"]}, "'stage9', which is neither a stage"),
-        ({"stream_layers": ["encoder.stages.0", "stage4"]}, "stream_channels is needed"),
         ({"num_attention_heads": 3}, "num_attention_heads must divide .* got 3 for 8 channels"),
         ({"neck_layers": [{"type": "dropout"}]}, "neck_layers has an unknown layer"),
         ({"neck_layers": [{"type": "batch_norm", "epsilon": 1}]}, r"unknown options \['epsilon'\]"),

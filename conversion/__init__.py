@@ -1,0 +1,5 @@
+"""Pretrained classifiers and research checkpoints as CA-Stream models."""
+
+from .classifier import convert_classifier, load_source
+
+__all__ = ["convert_classifier", "load_source"]

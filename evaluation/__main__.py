@@ -1,0 +1,140 @@
+"""Evaluate a model's saliency maps on a dataset: `python -m evaluation --help`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .settings import AUTOCASTS, CONTROLS, METRICS, PAPER_METRICS, POOLINGS, PROTOCOLS, TARGETS, EvaluationSettings
+
+EPILOG = """examples:
+  python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
+  python -m evaluation --model DIR --dataset imagefolder --data-files 'photos/**' --split train --output results
+  python -m evaluation --model DIR --dataset DATA --split test --metrics mask_share pointing_game --output results
+  accelerate launch -m evaluation --model DIR ...        (several processes; every image is counted once)
+
+A killed run goes on where it was when the same command is started again. It writes results.json, results.md,
+per_image.parquet, examples.png and curves.png into the output folder. evaluation/README.md defines every figure.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    from modeling_castream.saliency_castream import METHODS
+
+    defaults = EvaluationSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation",
+        description="Evaluate the saliency maps of a CA-Stream model under global average pooling and cross-attention.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id of a CAStream classifier, with its image processor")
+    add("--dataset", required=True, help="Hub id, folder, or builder (imagefolder, parquet, webdataset)")
+    add("--split", required=True, help="split of the dataset, such as validation")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=defaults.methods,
+        metavar="METHOD",
+        help=_names(METHODS, defaults.methods),
+    )
+    add("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS, metavar="POOLING", help=_names(POOLINGS, POOLINGS))
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=PAPER_METRICS,
+        metavar="METRIC",
+        help=_names(METRICS, PAPER_METRICS),
+    )
+    add("--controls", nargs="*", choices=CONTROLS, default=(), metavar="CONTROL", help=_names(CONTROLS, ()))
+    add("--protocol", choices=PROTOCOLS, default=defaults.protocol, help="default: %(default)s, the paper's")
+    add("--target", choices=TARGETS, default=defaults.target, help="class that is explained; default: %(default)s")
+    add("--batch-size", type=int, default=defaults.batch_size, help="images per forward pass; default: %(default)s")
+    add("--max-images", type=int, help="stop after this many images; default: all")
+    add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, help="of controls and intervals; default: %(default)s")
+    add("--autocast", choices=AUTOCASTS, default=defaults.autocast, help="backbone's precision; default: %(default)s")
+    add("--config-name", help="the dataset's configuration")
+    add("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
+    for role in ("image", "label", "mask", "id"):
+        add(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
+    return parser
+
+
+def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:
+    return f"out of {', '.join(names)}; default: {', '.join(default) or 'none'}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    try:
+        _evaluate(options)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"evaluation: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    # Checked before anything slow is imported or loaded.
+    settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
+
+    from accelerate import Accelerator
+
+    from .data import open_dataset
+    from .runner import evaluate_saliency
+
+    accelerator = Accelerator()
+    model, image_processor = _load_model(options.model)
+    roles = {role: getattr(options, f"{role}_column") for role in ("image", "label", "mask", "id")}
+    examples = open_dataset(
+        options.dataset,
+        options.split,
+        options.data_files,
+        options.config_name,
+        {role: column for role, column in roles.items() if column},
+        model.config.label2id,
+    )
+    report = evaluate_saliency(
+        model, image_processor, examples, settings, options.output, accelerator, model_name=options.model
+    )
+    if accelerator.is_main_process:
+        print(report.markdown())
+        print(f"Written to {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+
+
+def _load_model(name: str):
+    """A classifier and its image processor.
+
+    Raises:
+        ValueError: there is none, or it is of another kind.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    from modeling_castream import CAStreamImageProcessor
+
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(name)
+        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
+        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
+        image_processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
+    if model.config.model_type != "castream":
+        raise ValueError(
+            f"model {name!r} is a {model.config.model_type}: convert it first, with python -m conversion classifier."
+        )
+    return model.eval(), image_processor
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Controls: what a table of saliency metrics must hold still before a difference means that a map is better.
+
+Average drop, gain and increase move with the confidence of the network and with the area that a map keeps, whatever the
+map shows. Each control takes one of these away:
+
+    random_map, center_gaussian, uniform_map   maps that know nothing of the network
+    temperature   GAP's logits divided by the temperature at which its mean confidence is CA's
+    norm          CA's pooled vector scaled to the norm of GAP's, image by image
+    map_only      CA's maps, all probabilities from the GAP network
+    area          each map to the power at which its mean, upsampled, is that of the reference map of the same image
+    randomization the map after shuffling the classifier's weights, correlated with the map before
+"""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .perturbation import upsample_saliency
+
+MAX_EXPONENT = 64.0
+BISECTIONS = 40
+MAX_TEMPERATURE = 100.0
+GAUSSIAN_SIGMA = 0.25
+
+
+def control_maps(name: str, indices: list[int], size: tuple[int, int], seed: int) -> torch.Tensor:
+    """Maps (batch_size, height, width), float32 in [0, 1], of a control, at the resolution of the feature map.
+
+    Args:
+        name: "random_map" (uniform noise, the image's own), "center_gaussian" (sigma 1/4 of each side) or
+            "uniform_map" (ones).
+        indices: of the images within the dataset; with `seed` they determine the noise.
+        size: (height, width).
+    """
+    height, width = size
+    if name == "random_map":
+        noise = [np.random.default_rng((seed, index)).random((height, width), np.float32) for index in indices]
+        return torch.from_numpy(np.stack(noise))
+    if name == "uniform_map":
+        return torch.ones(len(indices), height, width)
+    rows, columns = ((torch.arange(n) + 0.5) / n - 0.5 for n in (height, width))
+    squared = rows[:, None] ** 2 + columns[None, :] ** 2
+    return torch.exp(-squared / (2 * GAUSSIAN_SIGMA**2)).expand(len(indices), -1, -1).clone()
+
+
+def map_area(saliency: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Share of the image that maps keep: their mean after upsampling to `size`, (batch_size,)."""
+    return upsample_saliency(saliency, size).mean((1, 2))
+
+
+def match_area(saliency: torch.Tensor, area: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Raise each map to its own power, so that its mean after upsampling to `size` is `area`.
+
+    The power keeps the order of the map's cells. A map of zeros and ones alone has no such power, nor has a map whose
+    nonzero part is smaller than `area`: it comes as close as the powers from 1/64 to 64 allow.
+
+    Args:
+        saliency: (batch_size, height, width) in [0, 1].
+        area: (batch_size,) in [0, 1].
+    """
+    weights = _mean_weights(saliency.shape[1:], size).to(saliency)
+    low = torch.full_like(area, -1.0)  # the exponent's logarithm, in units of that of MAX_EXPONENT
+    high = torch.full_like(area, 1.0)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        mean = (_power(saliency, MAX_EXPONENT**middle) * weights).sum((1, 2))
+        too_large = mean > area  # a larger exponent makes a smaller map
+        low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
+    return _power(saliency, MAX_EXPONENT ** ((low + high) / 2))
+
+
+def _power(saliency: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    return saliency ** exponent[:, None, None]
+
+
+def _mean_weights(map_size: torch.Size, size: tuple[int, int]) -> torch.Tensor:
+    """How much each cell of a map weighs in the mean of the upsampled map; upsampling is linear."""
+    cells = torch.eye(map_size.numel()).view(-1, *map_size)
+    return map_area(cells, size).view(map_size)
+
+
+def match_norm(vector: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Pooled vectors (..., num_channels) scaled to the norm of `reference` (batch_size, num_channels)."""
+    if vector.ndim == 3:  # one vector a class
+        reference = reference[:, None]
+    return F.normalize(vector, dim=-1) * reference.norm(dim=-1, keepdim=True)
+
+
+def fit_temperature(mean_confidence, target: float) -> float:
+    """The temperature T at which `mean_confidence(T)`, which falls with T, is `target`; 1/100 <= T <= 100."""
+    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
+    for _ in range(BISECTIONS):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if mean_confidence(middle) > target else (low, middle)
+    return (low * high) ** 0.5
+
+
+def shuffled_classifier(model: nn.Module, seed: int) -> nn.Module:
+    """A twin of the model that shares its modules but the classifier, whose weights are shuffled among themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    twin = copy.copy(model)
+    twin._modules = dict(model._modules)
+    twin.classifier = copy.deepcopy(model.classifier)
+    weight = model.classifier.weight.detach()
+    order = torch.randperm(weight.numel(), generator=generator).to(weight.device)
+    with torch.no_grad():
+        twin.classifier.weight.copy_(weight.flatten()[order].view_as(weight))
+    return twin
+
+
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Spearman's correlation of maps (batch_size, height, width), ties at their mean rank; NaN where a map is flat."""
+    first, second = _ranks(first.flatten(1)), _ranks(second.flatten(1))
+    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
+    scale = first.norm(dim=1) * second.norm(dim=1)
+    return torch.where(scale > 0, (first * second).sum(1) / scale, torch.nan)
+
+
+def _ranks(values: torch.Tensor) -> torch.Tensor:
+    """Ranks (batch_size, n) in float64, equal values sharing the mean of theirs."""
+    ordered = values.sort(dim=1).values.contiguous()
+    values = values.contiguous()
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to).double() / 2

@@ -1,0 +1,191 @@
+"""The pictures of a report: example maps on one colour scale, and insertion and deletion curves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .perturbation import upsample_saliency
+from .settings import CURVE_METRICS
+from .store import write_atomically
+
+COLOUR_MAP = "inferno"  # perceptually even and readable with any colour vision
+OPACITY = 0.7
+MASK_COLOUR = "#39d5ff"
+# Okabe and Ito's colours, which stay apart with any colour vision
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+METHOD_TITLES = {
+    "raw_attention": "attention",
+    "attention_cam": "attention CAM",
+    "cosine_cam": "cosine CAM",
+    "grad_cam": "Grad-CAM",
+    "grad_cam_plus_plus": "Grad-CAM++",
+    "score_cam": "Score-CAM",
+    "hires_cam": "HiResCAM",
+    "layer_cam": "LayerCAM",
+    "xgrad_cam": "XGrad-CAM",
+    "ablation_cam": "Ablation-CAM",
+    "eigen_cam": "Eigen-CAM",
+    "random_map": "random map",
+    "center_gaussian": "centred Gaussian",
+    "uniform_map": "uniform map",
+}
+
+
+@dataclass
+class ExampleRow:
+    """One image of the picture.
+
+    Args:
+        title: what stands left of it, a few short lines.
+        image: (height, width, 3), uint8.
+        maps: one saliency map a column, (h, w) in [0, 1] at any resolution.
+        mask: the object, (height, width) boolean, drawn as an outline.
+    """
+
+    title: str
+    image: np.ndarray
+    maps: Sequence[np.ndarray]
+    mask: np.ndarray | None = None
+
+
+def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequence[str]) -> None:
+    """Draw images and their maps: a row an image, a column a map, one colour scale from 0 to 1 for all.
+
+    Args:
+        columns: titles of the maps, which may hold line breaks; the input's column comes first by itself.
+
+    Raises:
+        ValueError: a row has another number of maps than there are columns.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    for row in rows:
+        if len(row.maps) != len(columns):
+            raise ValueError(f"rows has {len(row.maps)} maps for {row.title!r} but columns {len(columns)} titles.")
+    aspect = rows[0].image.shape[0] / rows[0].image.shape[1]
+    cell, left, top, bottom = 1.5, 1.35, 0.5, 0.62  # inches
+    width, height = left + cell * (len(columns) + 1) + 0.1, top + cell * aspect * len(rows) + bottom
+    figure = Figure(figsize=(width, height), dpi=130)
+    grid = figure.add_gridspec(
+        len(rows),
+        len(columns) + 1,
+        left=left / width,
+        right=1 - 0.1 / width,
+        top=1 - top / height,
+        bottom=bottom / height,
+        wspace=0.04,
+        hspace=0.04,
+    )
+    for line, row in enumerate(rows):
+        axes = [figure.add_subplot(grid[line, column]) for column in range(len(columns) + 1)]
+        _draw_row(axes, row)
+        if line == 0:
+            for axis, title in zip(axes, ("input", *columns), strict=True):
+                axis.set_title(title, fontsize=9, pad=4)
+    bar = figure.add_axes(
+        (left / width + 0.25 * (1 - left / width), 0.36 / height, 0.5 * (1 - left / width), 0.1 / height)
+    )
+    figure.colorbar(
+        ScalarMappable(cmap=COLOUR_MAP), cax=bar, orientation="horizontal", ticks=[0, 0.25, 0.5, 0.75, 1], alpha=OPACITY
+    )
+    outline = "; outline: the object's mask" if any(row.mask is not None for row in rows) else ""
+    bar.tick_params(labelsize=7, length=2, pad=1)
+    bar.set_xlabel(f"saliency, each map scaled to [0, 1]{outline}", fontsize=8, labelpad=1)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _draw_row(axes: Sequence, row: ExampleRow) -> None:
+    """The image, and each map over its grey version."""
+    height, width = row.image.shape[:2]
+    grey = np.repeat(row.image.mean(2, keepdims=True), 3, axis=2).astype(np.uint8)
+    extent = (0, width, height, 0)  # maps and image share one frame, whatever their resolution
+    for axis, saliency in zip(axes, (None, *row.maps), strict=True):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.imshow(row.image if saliency is None else grey, extent=extent)
+        if saliency is not None:
+            upsampled = upsample_saliency(torch.as_tensor(saliency, dtype=torch.float32)[None], (height, width))[0]
+            axis.imshow(upsampled.numpy(), cmap=COLOUR_MAP, vmin=0, vmax=1, alpha=OPACITY, extent=extent)
+        if row.mask is not None and row.mask.any() and not row.mask.all():
+            axis.contour(row.mask, levels=[0.5], colors=MASK_COLOUR, linewidths=1, extent=(0, width, 0, height))
+            axis.set_ylim(height, 0)
+    axes[0].set_ylabel(row.title, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
+
+
+def example_columns(methods: Sequence[str], poolings: Sequence[str]) -> list[tuple[str, str, str]]:
+    """(title, method, pooling) of the paper's figure: raw attention once, then GAP | CA for each other method."""
+    columns = [("attention\n(CA)", "raw_attention", poolings[-1])] if "raw_attention" in methods else []
+    for method in methods:
+        if method != "raw_attention":
+            columns += [(f"{METHOD_TITLES.get(method, method)}\n({name.upper()})", method, name) for name in poolings]
+    return columns
+
+
+def write_report_examples(path: str | Path, report, columns: Sequence[tuple[str, str]] | None = None) -> None:
+    """Draw a report's examples.
+
+    Args:
+        report: a `Report` with examples.
+        columns: (method, pooling) of each column; None for all of the evaluation's.
+    """
+    settings = report.settings
+    titled = example_columns(settings.methods, settings.poolings)
+    if columns is not None:
+        titles = {(method, pooling): title for title, method, pooling in titled}
+        titled = [
+            (titles.get(key, f"{METHOD_TITLES.get(key[0], key[0])}\n({key[1].upper()})"), *key) for key in columns
+        ]
+    rows = [
+        ExampleRow(
+            str(arrays["title"]),
+            arrays["image"],
+            [arrays[f"{method}|{pooling}"] for _, method, pooling in titled],
+            arrays.get("mask"),
+        )
+        for _, arrays in sorted(report.examples.items())
+    ]
+    write_examples(path, rows, [title for title, _, _ in titled])
+
+
+def write_curves(path: str | Path, report) -> None:
+    """Draw the mean insertion and deletion curves: a colour a method, solid for CA, dashed for GAP."""
+    from matplotlib.figure import Figure
+
+    names = [name for name in CURVE_METRICS if name in report.settings.metrics]
+    figure = Figure(figsize=(5.2 * len(names), 4.1), dpi=130, layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axis, name in zip(axes, names, strict=True):
+        for method, pooling, curve in mean_curves(report.part.table, name):
+            colour = LINE_COLOURS[_methods(report).index(method) % len(LINE_COLOURS)]
+            style = "-" if pooling == "ca" else "--"
+            label = f"{METHOD_TITLES.get(method, method)}, {pooling.upper()}"
+            axis.plot(np.linspace(0, 100, len(curve)), 100 * curve, style, color=colour, label=label, linewidth=1.6)
+        better = "higher is better" if name == "insertion" else "lower is better"
+        axis.set_title(f"{name} ({better})", fontsize=10)
+        axis.set_xlabel(f"most salient pixels {'inserted' if name == 'insertion' else 'deleted'} (%)", fontsize=9)
+        axis.set_xlim(0, 100)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+        axis.tick_params(labelsize=8)
+    axes[0].set_ylabel("mean probability of the class (%)", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _methods(report) -> list[str]:
+    return list(dict.fromkeys(row["method"] for row in report.results["rows"]))
+
+
+def mean_curves(table, name: str) -> list[tuple[str, str, np.ndarray]]:
+    """(method, pooling, mean curve) of the plain rows of a per-image table."""
+    frame = table.select(["method", "pooling", "control", f"{name}_curve"]).to_pandas()
+    frame = frame[frame.control == ""]
+    return [
+        (method, pooling, np.stack(group[f"{name}_curve"].to_numpy()).mean(0))
+        for (method, pooling), group in frame.groupby(["method", "pooling"], sort=False)
+    ]

@@ -1,0 +1,296 @@
+"""What an evaluation found: the per-image table, its means and intervals, and their Markdown."""
+
+import json
+import platform
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from .intervals import Interval, mean_interval, paired_interval
+from .settings import CONTROL_MAPS, EvaluationSettings
+from .store import TABLE_NAME, Part, write_atomically
+from .table import Row, reference_map, table_rows
+
+PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "timm")
+ABBREVIATIONS = {
+    "average_drop": "AD ↓",
+    "average_gain": "AG ↑",
+    "average_increase": "AI ↑",
+    "insertion": "I ↑",
+    "deletion": "D ↓",
+    "positive_perturbation": "positive ↓",
+    "negative_perturbation": "negative ↑",
+    "mask_share": "mask share ↑",
+    "pointing_game": "pointing ↑",
+    "sparsity": "sparsity",
+    "map_area": "area",
+}
+CONTROL_TITLES = {
+    "": "Saliency and pooling",
+    "temperature": "Control: GAP at the temperature of CA's confidence",
+    "norm": "Control: CA with its pooled norm matched to GAP's",
+    "map_only": "Control: map only, all probabilities from GAP",
+    "area": "Control: maps of equal area",
+    "map_only_area": "Control: map only and equal area",
+}
+# Which rows of CA are compared with which rows of GAP.
+PAIRS = (
+    ("", ""),
+    ("", "temperature"),
+    ("norm", ""),
+    ("map_only", ""),
+    ("area", "area"),
+    ("map_only_area", "area"),
+)
+
+
+@dataclass
+class Report:
+    """An evaluation's results.
+
+    Args:
+        settings: what was evaluated.
+        part: the whole per-image table.
+        results: settings, versions, sample, accuracy, rows and paired differences, as results.json holds them.
+        examples: images and maps for the picture, by index.
+        published: what the paper gives for this network and dataset, see `published.published_rows`.
+    """
+
+    settings: EvaluationSettings
+    part: Part
+    results: dict
+    examples: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
+    published: tuple[str, dict, dict] | None = None
+
+    @property
+    def per_image(self) -> pd.DataFrame:
+        """One row an image, target and row of the table."""
+        return self.part.table.to_pandas()
+
+    def markdown(self) -> str:
+        """results.md."""
+        return to_markdown(self.results, self.published)
+
+    def write(self, output_dir: str | Path) -> None:
+        """Write results.json, results.md, per_image.parquet, examples.png and curves.png, each whole or not at all."""
+        from .figures import write_curves, write_report_examples
+
+        folder = Path(output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TABLE_NAME, self.part.write)
+        write_atomically(folder / "results.md", lambda path: path.write_text(self.markdown()))
+        if self.examples:
+            write_report_examples(folder / "examples.png", self)
+        if "insertion" in self.settings.metrics or "deletion" in self.settings.metrics:
+            write_curves(folder / "curves.png", self)
+        text = json.dumps(self.results, indent=2, allow_nan=False)
+        write_atomically(folder / "results.json", lambda path: path.write_text(text + "\n"))
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what the figures depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def summarize(settings: EvaluationSettings, part: Part, context: dict) -> dict:
+    """Means, intervals and paired intervals of a per-image table, over images.
+
+    Args:
+        context: what else belongs into the results: model, dataset, temperature.
+    """
+    frame = part.table.drop(["id", "insertion_curve", "deletion_curve"]).to_pandas()
+    items = frame.drop_duplicates(["index", "target"])
+    values = _per_image_values(frame)
+    return {
+        **context,
+        "settings": settings.to_dict(),
+        "versions": versions(),
+        "sample": {
+            "images": items["index"].nunique(),
+            "maps_explained": len(items),
+            "images_without_label": int(items["correct"].isna().sum()),
+            "skipped": part.skipped,
+        },
+        "accuracy": _accuracy(values, settings),
+        "rows": [_summarize_row(row, values, settings) for row in table_rows(settings)],
+        "ca_minus_gap": _pairs(values, settings),
+        "method_minus_reference": _against_reference(values, settings),
+    }
+
+
+def _per_image_values(frame: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
+    """Per-image values by method, pooling and control: an image's targets are averaged, since one image is one unit."""
+    frame = frame.assign(correct=frame["correct"].astype("Float64").astype(float))
+    frame[["map_area", "probability", "probability_masked", "correct"]] *= 100  # percent, as the metrics are
+    # counted, where a mean over an image's targets says nothing
+    counts = frame["empty_map"].astype(int)
+    keys = ["method", "pooling", "control"]
+    groups = frame.assign(empty_map=counts).groupby(keys, sort=False)
+    return {key: group.groupby("index").mean(numeric_only=True) for key, group in groups}
+
+
+def _mean(values: pd.Series, seed: int) -> dict | None:
+    values = values.dropna()
+    return _entry(mean_interval(values, seed=seed), len(values)) if len(values) else None
+
+
+def _difference(first: pd.Series, second: pd.Series, seed: int) -> dict | None:
+    both = pd.concat([first, second], axis=1, keys=["first", "second"]).dropna()
+    return _entry(paired_interval(both["first"], both["second"], seed=seed), len(both)) if len(both) else None
+
+
+def _entry(interval: Interval, images: int) -> dict:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "images": images}
+
+
+def _accuracy(values: dict, settings: EvaluationSettings) -> dict:
+    """Accuracy; an image with several labels counts as right if the predicted class is one of them."""
+    correct = {pooling: values[settings.methods[0], pooling, ""]["correct"] for pooling in settings.poolings}
+    accuracy = {pooling: _mean(series, settings.seed) for pooling, series in correct.items()}
+    if len(correct) == 2:
+        accuracy["ca_minus_gap"] = _difference(correct["ca"], correct["gap"], settings.seed)
+    return accuracy
+
+
+def _columns(settings: EvaluationSettings) -> list[str]:
+    return [*settings.metrics, "map_area", "probability"]
+
+
+def _summarize_row(row: Row, values: dict, settings: EvaluationSettings) -> dict:
+    found = values[row.method, row.pooling, row.control]
+    summary = {"method": row.method, "pooling": row.pooling, "control": row.control, "scoring": row.scoring}
+    summary["metrics"] = {name: _mean(found[name], settings.seed) for name in _columns(settings)}
+    summary["images_with_empty_maps"] = int((found["empty_map"] > 0).sum())
+    if "randomization" in settings.controls and row.control == "" and row.method not in CONTROL_MAPS:
+        summary["randomization_correlation"] = _mean(found["randomization_correlation"], settings.seed)
+    return summary
+
+
+def _pairs(values: dict, settings: EvaluationSettings) -> list[dict]:
+    """CA minus GAP, for each method and control that has both."""
+    pairs = []
+    for method in dict.fromkeys(method for method, _, _ in values):
+        for ca_control, gap_control in PAIRS:
+            ca, gap = values.get((method, "ca", ca_control)), values.get((method, "gap", gap_control))
+            if ca is not None and gap is not None:
+                control = ca_control or gap_control
+                pairs.append({"method": method, "control": control, "metrics": _differences(ca, gap, settings)})
+    return pairs
+
+
+def _against_reference(values: dict, settings: EvaluationSettings) -> list[dict]:
+    """Each method minus the reference method, under the same pooling and control."""
+    reference, differences = reference_map(settings)[0], []
+    for (method, pooling, control), ours in values.items():
+        theirs = values.get((reference, pooling, control))
+        if method != reference and theirs is not None:
+            entry = {"method": method, "reference": reference, "pooling": pooling, "control": control}
+            differences.append(entry | {"metrics": _differences(ours, theirs, settings)})
+    return differences
+
+
+def _differences(first: pd.DataFrame, second: pd.DataFrame, settings: EvaluationSettings) -> dict:
+    return {name: _difference(first[name], second[name], settings.seed) for name in _columns(settings)}
+
+
+def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) -> str:
+    """The paper's table in Markdown, with its controls, from what `summarize` returned."""
+    settings = results["settings"]
+    names = [*settings["metrics"], "map_area"]
+    lines = [f"# Saliency evaluation: {results['model']} on {results['dataset']}", "", _describe(results), ""]
+    lines += _accuracy_lines(results)
+    for control, title in CONTROL_TITLES.items():
+        rows = [row for row in results["rows"] if row["control"] == control]
+        if rows:
+            lines += ["", f"## {title}", "", *_table(rows, names)]
+            if control == "" and published is not None:
+                lines += ["", *_published_lines(published, results)]
+    for title, key in (
+        ("CA minus GAP, paired over images", "ca_minus_gap"),
+        ("Method minus reference method, paired over images", "method_minus_reference"),
+    ):
+        if results[key]:
+            lines += ["", f"## {title}", "", *_table(results[key], names)]
+    correlations = [row for row in results["rows"] if row.get("randomization_correlation")]
+    if correlations:
+        lines += ["", "## Control: rank correlation with the map after shuffling the classifier's weights", ""]
+        lines += ["| saliency | pooling | correlation |", "| --- | --- | --- |"]
+        lines += [
+            f"| {row['method']} | {row['pooling'].upper()} | {_cell(row['randomization_correlation'])} |"
+            for row in correlations
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(results: dict) -> str:
+    settings, sample = results["settings"], results["sample"]
+    sentences = [
+        f"{sample['images']} images, {sample['maps_explained']} explained classes, protocol `{settings['protocol']}`, "
+        f"target `{settings['target']}`. Percent, mean over images [95 % interval, bootstrap over images]; area is the "
+        "share of the image that the map keeps."
+    ]
+    if sample["images_without_label"]:
+        sentences.append(f"{sample['images_without_label']} images have no label: the predicted class is explained.")
+    if sample["skipped"]:
+        skipped = ", ".join(entry["id"] for entry in sample["skipped"][:20])
+        sentences.append(f"{len(sample['skipped'])} images could not be decoded and were skipped: {skipped}.")
+    if results.get("temperature"):
+        sentences.append(f"GAP's confidence is CA's at temperature {results['temperature']:.4f}.")
+    return " ".join(sentences)
+
+
+def _accuracy_lines(results: dict) -> list[str]:
+    titles = {"gap": "GAP", "ca": "CA", "ca_minus_gap": "CA minus GAP"}
+    known = {titles[name]: entry for name, entry in results["accuracy"].items() if entry}
+    if not known:
+        return ["Accuracy: unknown, the dataset has no labels."]
+    return ["Accuracy: " + "; ".join(f"{title} {_cell(entry)}" for title, entry in known.items()) + "."]
+
+
+def _cell(entry: dict | None) -> str:
+    if entry is None:
+        return "–"
+    interval = Interval(*(None if entry[name] is None else round(entry[name], 2) + 0.0 for name in Interval._fields))
+    return str(interval)  # rounded here, so that -0.004 does not become -0.00
+
+
+def _table(rows: list[dict], names: list[str]) -> list[str]:
+    """A Markdown table: which row, then a column a metric."""
+    keys = [key for key in ("method", "pooling", "control") if any(row.get(key) for row in rows)]
+    titles = {"method": "saliency", "pooling": "pooling", "control": "control"}
+    header = [titles[key] for key in keys] + [ABBREVIATIONS[name] for name in names]
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    for row in rows:
+        cells = [row[key].upper() if key == "pooling" else row[key] or "none" for key in keys]
+        lines.append("| " + " | ".join(cells + [_cell(row["metrics"][name]) for name in names]) + " |")
+    return lines
+
+
+def _published_lines(published: tuple[str, dict, dict], results: dict) -> list[str]:
+    """Ours beside the paper's, for the rows that both have."""
+    from .published import COLUMNS
+
+    network, accuracy, rows = published
+    ours = {(row["method"], row["pooling"]): row for row in results["rows"] if row["control"] == ""}
+    names = [name for name in COLUMNS if name in results["settings"]["metrics"]]
+    lines = [f"Ours beside the paper's ({network}, ImageNet validation, arXiv:2404.14996), as ours / paper:", ""]
+    header = ["saliency", "pooling", "accuracy", *(ABBREVIATIONS[name] for name in names)]
+    lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    for (method, pooling), values in rows.items():
+        if (method, pooling) in ours:
+            found = results["accuracy"][pooling]
+            cells = [f"{found['mean']:.2f} / {accuracy[pooling]:.2f}" if found else f"– / {accuracy[pooling]:.2f}"]
+            metrics = ours[method, pooling]["metrics"]
+            paper = dict(zip(COLUMNS, values, strict=True))
+            cells += [f"{metrics[name]['mean']:.2f} / {paper[name]:.2f}" for name in names]
+            lines.append(f"| {method} | {pooling.upper()} | " + " | ".join(cells) + " |")
+    return lines

@@ -1,0 +1,262 @@
+"""Run an evaluation: every image once, on any number of processes, in one go or in several."""
+
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from .controls import fit_temperature
+from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
+from .engine import evaluate_block
+from .published import published_rows
+from .report import Report, summarize
+from .scoring import Scorer
+from .settings import EvaluationSettings
+from .store import Part, Store, fingerprint_model
+
+SECONDS_PER_PART = 30
+MAX_SKIPPED_SHARE = 0.01
+MIN_SEEN = 100  # images before the share of skipped ones means anything, where the total is unknown
+
+
+def evaluate_saliency(
+    model: torch.nn.Module,
+    image_processor,
+    examples: Iterable[dict],
+    settings: EvaluationSettings | None = None,
+    output_dir: str | None = None,
+    accelerator: Accelerator | None = None,
+    *,
+    model_name: str | None = None,
+) -> Report:
+    """Evaluate a model's saliency maps. The model's mode and gradients are left as they were.
+
+    Args:
+        model: a CAStreamForImageClassification.
+        image_processor: the model's, with a normalisation of one scale and offset a channel.
+        examples: rows {"id": str, "image": PIL image, "label": class id, list of ids or None, "mask": image, array or
+            None}; a `datasets` dataset, streaming or not, or any iterable. Only `image` is needed. Every process must
+            see the same rows in the same order; each evaluates its share.
+        settings: what to evaluate.
+        output_dir: where to write the report. A killed run with the same model, examples and settings goes on there.
+        accelerator: an `accelerate.Accelerator`; None makes one.
+        model_name: for the report; None takes the one the model was loaded from.
+
+    Returns:
+        The report, the same on all processes.
+
+    Raises:
+        ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id
+            out of range, NaN logits, no images, or an output folder that holds another evaluation.
+    """
+    settings = settings or EvaluationSettings()
+    accelerator = accelerator or Accelerator()
+    model = accelerator.unwrap_model(model).to(accelerator.device)
+    examples = read_examples(examples, label2id=model.config.label2id)
+    name = model_name or model.config.name_or_path or type(model).__name__
+    store = _open_store(output_dir, settings, model, examples, accelerator)
+    run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
+    report = run.report(name)
+    if store is not None:
+        if accelerator.is_main_process:
+            report.write(output_dir)
+            store.finish()
+        accelerator.wait_for_everyone()
+    return report
+
+
+def _open_store(output_dir, settings, model, examples: Examples, accelerator) -> Store | None:
+    if output_dir is None:
+        return None
+    identity = settings.to_dict() | {"dataset": examples.name, "weights": fingerprint_model(model)}
+    store = Store(output_dir, identity)
+    if accelerator.is_main_process:
+        store.claim()
+    accelerator.wait_for_everyone()
+    store.claim()  # the others check what the first one wrote
+    return store
+
+
+class _Run:
+    """One process's share of an evaluation."""
+
+    def __init__(self, model, preprocessor, examples: Examples, settings, accelerator, store: Store | None):
+        self.model, self.preprocessor, self.examples = model, preprocessor, examples
+        self.settings, self.accelerator, self.store = settings, accelerator, store
+        self.finished = store.read() if store is not None else Part.merge([])
+        self.kept = {}  # examples for the picture, where there is no folder
+        accelerator.wait_for_everyone()  # nobody writes a part before all have read the same ones
+
+    def report(self, model_name: str) -> Report:
+        """Evaluate what is missing, gather, and summarise."""
+        temperature = self._temperature() if "temperature" in self.settings.controls else None
+        scorer = self._scorer(temperature)
+        parts = self._evaluate(scorer)
+        gathered = gather_object([Part.merge(parts)])
+        part = Part.merge([self.finished, *gathered])
+        self._check(part)
+        context = {"model": model_name, "dataset": self.examples.name, "temperature": temperature}
+        results = summarize(self.settings, part, context)
+        return Report(
+            self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
+        )
+
+    def _scorer(self, temperature: float | None) -> Scorer:
+        return Scorer(self.model, self.settings, self.preprocessor.mean, self.preprocessor.std, temperature)
+
+    def _blocks(self, description: str, done: set[int]) -> Iterator[Block]:
+        """This process's blocks that are not done, prepared, with a progress bar over all images."""
+        settings, accelerator = self.settings, self.accelerator
+        totals = [n for n in (self.examples.total, settings.max_images) if n is not None]
+        total = min(totals) if self.examples.total is not None else settings.max_images
+        done_images = sum(1 for _ in done) * settings.batch_size
+        bar = tqdm(
+            total=total,
+            initial=min(done_images, total or done_images),
+            desc=description,
+            unit="image",
+            disable=not accelerator.is_main_process,
+        )
+        seen, skipped, waiting = 0, [], 0
+        with bar:
+            for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
+                waiting += len(rows) if number not in done else 0
+                if number % accelerator.num_processes != accelerator.process_index or number in done:
+                    continue
+                block = prepare_block(number, rows, self.preprocessor, self.model.config.num_labels)
+                seen, skipped = seen + len(rows), skipped + block.skipped
+                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None))
+                yield block
+                bar.update(waiting)
+                waiting = 0
+            bar.update(waiting)
+
+    def _check_skipped(self, skipped: list[dict], total: int | None) -> None:
+        """Stop once more images could not be decoded than may be left out."""
+        if total and len(skipped) > MAX_SKIPPED_SHARE * total:
+            raise ValueError(
+                f"{len(skipped)} of {total} images cannot be decoded, such as {skipped[-1]['id']} "
+                f"({skipped[-1]['reason']}): more than 1 % would bias the result, repair the dataset."
+            )
+
+    def _evaluate(self, scorer: Scorer) -> list[Part]:
+        """Evaluate this process's missing blocks, keeping a part on disk every half a minute."""
+        parts, unwritten, last = [], [], time.monotonic()
+        for block in self._blocks("evaluating", set(self.finished.blocks)):
+            part = self._evaluate_block(scorer, block)
+            parts.append(part)
+            unwritten.append(part)
+            if self.store is not None and time.monotonic() - last > SECONDS_PER_PART:
+                self.store.write_part(Part.merge(unwritten))
+                unwritten, last = [], time.monotonic()
+        if self.store is not None and unwritten:
+            self.store.write_part(Part.merge(unwritten))
+        return parts
+
+    def _evaluate_block(self, scorer: Scorer, block: Block) -> Part:
+        if not block.ids:
+            return Part.of_block(block.number, [], block.skipped)
+        try:
+            rows, maps = evaluate_block(scorer, block)
+        except ValueError as error:
+            raise ValueError(f"images {block.ids[0]} to {block.ids[-1]}: {error}") from None
+        self._keep_examples(block, rows, maps)
+        return Part.of_block(block.number, rows, block.skipped)
+
+    def _picks(self) -> set[int]:
+        """Which images the picture shows: spread over the dataset where its size is known, else the first ones."""
+        wanted, total = self.settings.num_examples, self.examples.total
+        if total is None:
+            return set(range(wanted))
+        total = min(total, self.settings.max_images or total)
+        return {place * total // wanted for place in range(wanted)} if total > wanted else set(range(total))
+
+    def _keep_examples(self, block: Block, rows: list[dict], maps: dict) -> None:
+        for place in [place for place, index in enumerate(block.indices) if index in self._picks()]:
+            index = block.indices[place]
+            arrays = {
+                f"{method}|{pooling}": saliency[place].numpy()
+                for (method, pooling, matched), saliency in maps.items()
+                if not matched
+            }
+            arrays["image"] = (255 * block.images[place]).round().byte().permute(1, 2, 0).numpy()
+            arrays["title"] = np.array(self._title(index, rows))
+            if block.masks[place] is not None:
+                arrays["mask"] = block.masks[place].numpy()
+            if self.store is not None:
+                self.store.write_example(index, arrays)
+            else:
+                self.kept[index] = arrays
+
+    def _title(self, index: int, rows: list[dict]) -> str:
+        """The explained class and each pooling's probability of it."""
+        mine = [row for row in rows if row["index"] == index and row["control"] == ""]
+        lines = [_shorten(str(self.model.config.id2label.get(mine[0]["target"], mine[0]["target"])))]
+        for pooling in self.settings.poolings:
+            row = next(row for row in mine if row["pooling"] == pooling)
+            lines.append(
+                f"{pooling.upper()} {100 * row['probability']:.0f} %{'' if row['correct'] is not False else ' ✗'}"
+            )
+        return "\n".join(lines)
+
+    def _examples(self) -> dict[int, dict[str, np.ndarray]]:
+        if self.store is not None:
+            self.accelerator.wait_for_everyone()
+            return self.store.read_examples()
+        gathered = gather_object([self.kept])
+        return {index: arrays for kept in gathered for index, arrays in kept.items()}
+
+    def _check(self, part: Part) -> None:
+        """Every image once, and not too many left out."""
+        indices = part.table.column("index").unique().to_pylist() + [entry["index"] for entry in part.skipped]
+        if len(part.blocks) != len(set(part.blocks)) or sorted(indices) != list(range(len(indices))):
+            raise RuntimeError(f"images were not counted exactly once: {len(indices)} in {len(part.blocks)} blocks.")
+        if not indices:
+            raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
+        self._check_skipped(part.skipped, len(indices))
+
+    def _temperature(self) -> float:
+        """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
+        found = self.store.read_note("temperature") if self.store is not None else None
+        if found is not None:
+            return found
+        if self.examples.rows is iter(self.examples.rows):
+            raise ValueError("control 'temperature' reads the examples twice: give a dataset, not an iterator.")
+        scorer = self._scorer(temperature=1.0)
+        logits, confidence = [], []
+        for block in self._blocks("fitting the temperature", set()):
+            if block.ids:
+                features = scorer.features(block.pixel_values.to(self.model.device))
+                logits.append(scorer.logits(features, "gap").cpu())
+                confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
+        temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
+        if self.store is not None and self.accelerator.is_main_process:
+            self.store.write_note("temperature", temperature)
+        return temperature
+
+    def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None) -> float:
+        def mean_over_all(values: torch.Tensor | None) -> float:
+            mine = (0.0, 0) if values is None else (float(values.double().sum()), len(values))
+            sums = gather_object([mine])
+            count = sum(number for _, number in sums)
+            if not count:
+                raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
+            return sum(total for total, _ in sums) / count
+
+        def mean_confidence(temperature: float) -> float:
+            if logits is None:
+                return mean_over_all(None)
+            multi_label = self.model.config.problem_type == "multi_label_classification"
+            scaled = logits / temperature
+            return mean_over_all((scaled.sigmoid() if multi_label else scaled.softmax(-1)).amax(1))
+
+        return fit_temperature(mean_confidence, mean_over_all(confidence))
+
+
+def _shorten(label: str, width: int = 18) -> str:
+    label = label.split(",")[0]
+    return label if len(label) <= width else label[: width - 1] + "…"

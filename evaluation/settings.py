@@ -1,0 +1,89 @@
+"""What an evaluation does: one dataclass, checked before any image is read."""
+
+from dataclasses import asdict, dataclass, fields
+
+POOLINGS = ("gap", "ca")
+PROTOCOLS = ("reference", "stable")
+TARGETS = ("label", "predicted")
+AUTOCASTS = ("off", "bf16", "fp16")
+CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
+CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "map_only", "area", "randomization")
+MASKING_METRICS = ("average_drop", "average_gain", "average_increase")
+CURVE_METRICS = ("insertion", "deletion")
+PERTURBATION_METRICS = ("positive_perturbation", "negative_perturbation")
+MASK_METRICS = ("mask_share", "pointing_game")
+METRICS = (*MASKING_METRICS, *CURVE_METRICS, *PERTURBATION_METRICS, *MASK_METRICS, "sparsity")
+PAPER_METRICS = (*MASKING_METRICS, *CURVE_METRICS)
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of an evaluation. Everything here can change a figure, so everything here is in results.json.
+
+    Args:
+        methods: saliency methods of `modeling_castream.explain`.
+        poolings: `"gap"` and/or `"ca"`; with both, CA minus GAP is reported, image by image.
+        metrics: names from METRICS; mask_share and pointing_game need examples with a mask.
+        protocol: `"reference"`, the paper's, or `"stable"`; see evaluation/README.md for what differs and by how much.
+        target: explain the `"label"` or the `"predicted"` class; under both poolings it is the class that the first
+            of `poolings` predicts. Examples without a label are explained for the predicted class.
+        batch_size: images per forward pass.
+        controls: names from CONTROLS.
+        max_images: stop after this many examples; None for all.
+        seed: of the random control map, the shuffled classifier and the intervals.
+        autocast: `"off"`, `"bf16"` or `"fp16"`: precision of the backbone's forward passes.
+        num_examples: images in examples.png.
+
+    Raises:
+        ValueError: on a value outside the ones above.
+    """
+
+    methods: tuple[str, ...] = ("grad_cam", "attention_cam", "raw_attention")
+    poolings: tuple[str, ...] = POOLINGS
+    metrics: tuple[str, ...] = PAPER_METRICS
+    protocol: str = "reference"
+    target: str = "label"
+    batch_size: int = 16
+    controls: tuple[str, ...] = ()
+    max_images: int | None = None
+    seed: int = 0
+    autocast: str = "off"
+    num_examples: int = 8
+
+    def __post_init__(self):
+        from modeling_castream.saliency_castream import METHODS  # importing the model's code takes seconds
+
+        for name, allowed in (
+            ("methods", tuple(METHODS)),
+            ("poolings", POOLINGS),
+            ("metrics", METRICS),
+            ("controls", CONTROLS),
+        ):
+            values = tuple(getattr(self, name))
+            object.__setattr__(self, name, values)  # a list from the command line becomes a tuple
+            unknown = [value for value in values if value not in allowed]
+            if unknown or len(set(values)) != len(values):
+                raise ValueError(
+                    f"{name} must be different names out of {', '.join(allowed)}, got {', '.join(values) or '()'}."
+                )
+            if not values and name != "controls":
+                raise ValueError(f"{name} is empty: name at least one of {', '.join(allowed)}.")
+        for name, allowed in (("protocol", PROTOCOLS), ("target", TARGETS), ("autocast", AUTOCASTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        for name, least in (("batch_size", 1), ("max_images", 1), ("num_examples", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        paired = [name for name in ("temperature", "norm", "map_only") if name in self.controls]
+        if paired and set(self.poolings) != set(POOLINGS):
+            raise ValueError(f"controls {', '.join(paired)} compare both poolings, got poolings={self.poolings[0]}.")
+
+    def to_dict(self) -> dict:
+        """The settings as JSON holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Names of the settings, in order."""
+        return [field.name for field in fields(cls)]

@@ -1,0 +1,192 @@
+"""The per-image table on disk: parts while a run goes on, one file at its end.
+
+A part is a parquet file that carries the numbers of the blocks it holds, and the images that were skipped in them, in
+its schema's metadata; it appears under its name whole or not at all. A killed run therefore loses at most the blocks
+since its last part, and a new one reads what is there and computes the rest.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from .settings import METRICS
+
+METADATA_KEY = b"castream"
+TABLE_NAME = "per_image.parquet"
+
+SCHEMA = pa.schema(
+    [
+        ("index", pa.int64()),
+        ("id", pa.string()),
+        ("target", pa.int64()),
+        ("predicted", pa.int64()),
+        ("correct", pa.bool_()),
+        ("method", pa.string()),
+        ("pooling", pa.string()),
+        ("control", pa.string()),
+        ("scoring", pa.string()),
+        ("probability", pa.float64()),
+        ("probability_masked", pa.float64()),
+        ("map_area", pa.float64()),
+        ("empty_map", pa.bool_()),
+        *((name, pa.float64()) for name in METRICS),
+        ("randomization_correlation", pa.float64()),
+        ("insertion_curve", pa.list_(pa.float32())),
+        ("deletion_curve", pa.list_(pa.float32())),
+    ]
+)
+
+
+@dataclass
+class Part:
+    """Some blocks' share of the per-image table.
+
+    Args:
+        table: the rows, in SCHEMA.
+        blocks: numbers of the blocks that are complete.
+        skipped: images that could not be decoded, {"index", "id", "reason"}.
+    """
+
+    table: pa.Table = field(default_factory=SCHEMA.empty_table)
+    blocks: list[int] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
+
+    @classmethod
+    def of_block(cls, number: int, rows: list[dict], skipped: list[dict]) -> "Part":
+        """One block; `rows` are dictionaries whose missing columns become null."""
+        return cls(pa.Table.from_pylist(rows, schema=SCHEMA), [number], skipped)
+
+    @classmethod
+    def merge(cls, parts: list["Part"]) -> "Part":
+        """All parts in one, ordered by image; the rows of an image keep their order."""
+        table = pa.concat_tables([part.table for part in parts]) if parts else SCHEMA.empty_table()
+        table = table.take(pc.sort_indices(table, sort_keys=[("index", "ascending")]))  # a stable sort
+        skipped = sorted(chain.from_iterable(part.skipped for part in parts), key=lambda entry: entry["index"])
+        return cls(table, sorted(chain.from_iterable(part.blocks for part in parts)), skipped)
+
+    def write(self, path: Path) -> None:
+        """Write a parquet file."""
+        metadata = json.dumps({"blocks": self.blocks, "skipped": self.skipped})
+        pq.write_table(self.table.replace_schema_metadata({METADATA_KEY: metadata}), path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Part":
+        """Read what `write` wrote."""
+        table = pq.read_table(path)
+        metadata = json.loads(table.schema.metadata[METADATA_KEY])
+        return cls(table.replace_schema_metadata(None), metadata["blocks"], metadata["skipped"])
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `path`, then put it in its place."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    """A digest of a model's weights: the same model, and only that, may go on with an evaluation."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class Store:
+    """An evaluation's output folder.
+
+    Args:
+        folder: created if missing.
+        identity: what must be equal for a run to go on where another one ended: a flat dictionary for JSON.
+
+    Raises:
+        ValueError: the folder holds an evaluation with another identity, or cannot be written.
+    """
+
+    def __init__(self, folder: str | Path, identity: dict):
+        self.folder, self.partial = Path(folder), Path(folder) / "partial"
+        self.identity = json.loads(json.dumps(identity))
+
+    def claim(self) -> None:
+        """Create the folder and write down whose it is; by one process."""
+        path = self.folder / "evaluation.json"
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                self._check(json.loads(path.read_text()))
+            elif (self.folder / TABLE_NAME).exists():
+                raise ValueError(
+                    f"output_dir {self.folder} holds {TABLE_NAME} of something else: choose another folder."
+                )
+            else:
+                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(self.identity, indent=2)))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"output_dir {self.folder} cannot be used: {error}.") from None
+
+    def _check(self, found: dict) -> None:
+        names = [name for name in self.identity | found if self.identity.get(name) != found.get(name)]
+        if names:
+            differences = ", ".join(
+                f"{name}: {found.get(name)} there, {self.identity.get(name)} here" for name in names
+            )
+            raise ValueError(
+                f"output_dir {self.folder} holds an evaluation with other settings ({differences}): "
+                "choose another folder or delete it."
+            )
+
+    def read(self) -> Part:
+        """All that earlier runs finished."""
+        finished = self.folder / TABLE_NAME
+        paths = [finished] if finished.exists() else sorted(self.partial.glob("part-*.parquet"))
+        return Part.merge([Part.read(path) for path in paths])
+
+    def write_part(self, part: Part) -> None:
+        """Add a part; its name is that of its first block, which no other process has."""
+        write_atomically(self.partial / f"part-{part.blocks[0]:08d}.parquet", part.write)
+
+    def write_example(self, index: int, arrays: dict[str, np.ndarray]) -> None:
+        """Keep an image and its maps for the picture at the end."""
+        path = self.partial / f"example-{index:08d}.npz"
+        write_atomically(path, lambda temporary: _save_arrays(temporary, arrays))
+
+    def read_examples(self) -> dict[int, dict[str, np.ndarray]]:
+        """The kept examples by index."""
+        examples = {}
+        for path in sorted(self.partial.glob("example-*.npz")):
+            with np.load(path) as arrays:
+                examples[int(path.stem.split("-")[1])] = dict(arrays)
+        return examples
+
+    def read_note(self, name: str):
+        """A JSON value that an earlier run kept, or None."""
+        path = self.partial / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_note(self, name: str, value) -> None:
+        """Keep a JSON value."""
+        write_atomically(self.partial / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(value)))
+
+    def finish(self) -> None:
+        """Remove the parts, once the report holds what was in them."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
