@@ -43,9 +43,7 @@ class TrainingArguments:
         "pypi:efficientnet-lite0", "what to train: a source of `python -m conversion` or a CA-Stream folder", True
     )
     variant: str = option("final", "stream: every depth; final: the pooled feature map only")
-    stream_layers: tuple[str, ...] | None = option(
-        None, "depths that the stream reads, shallow to deep; none: all of them"
-    )
+    stream_layers: tuple[str, ...] | None = option(None, "depths that the stream reads, shallow to deep; none: all")
     num_attention_heads: int = option(1, "heads of every cross-attention")
     query: str = option("class_agnostic", "one query, or one a class (class_specific)")
     init: str = option("gap", "gap: start from the plain classifier; reference: from random weights, as in the paper")
@@ -112,9 +110,8 @@ class TrainingArguments:
     evaluation_methods: tuple[str, ...] = option(
         ("grad_cam", "attention_cam", "raw_attention"), "saliency methods to evaluate"
     )
-    evaluation_metrics: list[str] = option(
-        lambda: ["average_drop", "average_gain", "average_increase"],
-        "metrics; with masks, mask_share and pointing_game",
+    evaluation_metrics: tuple[str, ...] = option(
+        ("average_drop", "average_gain", "average_increase"), "metrics; where there are masks, theirs are added"
     )
     evaluation_controls: tuple[str, ...] = option((), "controls of the evaluation")
     evaluation_images: int | None = option(None, "held-out images to evaluate; none: all", True)

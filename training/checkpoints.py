@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: complete or absent, verified by checksum, and with the one before to fall back on."""
+"""Checkpoints that can be trusted: whole or absent, verified by checksum, with the one before to fall back on."""
 
 import json
 import random

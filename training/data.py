@@ -1,10 +1,10 @@
 """Reading a split: workers that read, shuffle, decode and batch their shards, and a loader whose place can be saved.
 
 Resuming is exact for every shuffle window and both kinds of plan. A worker reads its shards, several at a time in
-turns, in blocks of `shuffle_window` rows, and permutes each block by a seed that belongs to the block; so its place is where
-the block starts and how far into it the run has come, and what a resumed run reads twice is at most one block of
-encoded images. The randomness of a sample (augmentation, mask) is seeded by the sample's own key and view, and so does
-not depend on who reads it or when.
+turns, in blocks of `shuffle_window` rows, and permutes each block by a seed that belongs to the block; so its place
+is where the block starts and how far into it the run has come, and what a resumed run reads twice is at most one block
+of encoded images. The randomness of a sample (augmentation, mask) is seeded by the sample's own key and view, and so
+does not depend on who reads it or when.
 """
 
 import hashlib

@@ -10,7 +10,7 @@ from .transforms import DECODING_ERRORS, read_image
 
 
 class HeldOut:
-    """Rows {"id", "image", "label", "mask"} of a split, in its order, images and masks still encoded; can be iterated twice.
+    """Rows {"id", "image", "label", "mask"} of a split, in its order; images and masks stay encoded.
 
     Args:
         split: what `open_split` returned.
