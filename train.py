@@ -27,6 +27,7 @@ from training.ema import Ema
 from training.features import CachedLoader, build_cache
 from training.heldout import HeldOut, measure_entropy, pixel_batches
 from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from training.mixing import Mixer
 from training.model import (
     TRAINING_FILE,
     freeze,
@@ -143,8 +144,10 @@ def train(
     images_in_all = args.epochs * num_rows
     watch = Watch(args, accelerator, model.config.stream_layers, images_in_all, progress)
 
+    mixer = Mixer(args, model.config.num_labels, accelerator.process_index)
+
     # The loop: a step is over when all processes are; an epoch, when all have run out
-    spare = None
+    spare, interruption.deferred = None, True
     while not is_complete(args, progress):
         batches = loader.epoch(progress.epoch, place)
         while not is_complete(args, progress):
@@ -161,7 +164,9 @@ def train(
             rate = learning_rate(args, used or (progress.images + images / 2) / images_in_all)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            taken = [to_device(batch, accelerator.device) for batch in taken]
+            taken = [
+                to_device(mixer(batch, progress.step, part), accelerator.device) for part, batch in enumerate(taken)
+            ]
             sums = backward(accelerator, prepared, taken, to_device(spare, accelerator.device), images)
             check_loss(sums, progress, rate, taken)
             if args.max_grad_norm:
@@ -180,6 +185,7 @@ def train(
             break
         progress.epoch, place = progress.epoch + 1, None
     watch.close()
+    interruption.deferred = False
 
     # The trained model
     if ema:

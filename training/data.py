@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .dataset import Split
+from .interruption import ignore_interruptions
 from .sharding import ShardPlan
 from .transforms import DECODING_ERRORS, ImageTransform, random_mask_noise, read_image
 
@@ -285,4 +286,10 @@ class StreamLoader:
     def _items(self, epoch: int, positions: dict, turn: int) -> Iterator[dict]:
         self.reader.start(epoch, dict(positions), turn)
         prefetch = 2 if self.num_workers else None
-        yield from DataLoader(self.reader, batch_size=None, num_workers=self.num_workers, prefetch_factor=prefetch)
+        yield from DataLoader(
+            self.reader,
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=prefetch,
+            worker_init_fn=ignore_interruptions,
+        )

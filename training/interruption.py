@@ -4,35 +4,41 @@ import os
 import signal
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: not finished, try again
-
-
-class Interruption:
-    """Remembers a request to stop, for the training loop to act on between two steps.
-
-    A second signal of the same kind acts at once. A launcher that is killed cannot pass a signal on, and its orphan
-    would keep the folder of the run occupied: so a process started by one (`accelerate launch`, torchrun) also stops
-    when its parent is gone.
-    """
-
-    def __init__(self):
-        self._requested = False
-        self._parent = os.getppid() if self._launched() else None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
-
-    @staticmethod
-    def _launched() -> bool:
-        return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-
-    def _handle(self, number: int, frame) -> None:
-        self._requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    @property
-    def requested(self) -> bool:
-        """Whether to stop at the next step."""
-        return self._requested or (self._parent is not None and os.getppid() != self._parent)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class InterruptedRun(Exception):
-    """The run was told to stop and has saved what there was to save."""
+    """The run was told to stop, and what there was to save is saved."""
+
+
+class Interruption:
+    """Turns a signal into InterruptedRun: at once, or, while `deferred` is set, when the code asks for `requested`.
+
+    A second signal ends the process. A launcher that is killed cannot pass a signal on, and its orphan would keep the
+    run's folder occupied: so a process started by one (`accelerate launch`, torchrun) also stops when its parent is gone.
+    """
+
+    def __init__(self):
+        self._requested = self.deferred = False
+        launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+        self._parent = os.getppid() if launched else None
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame) -> None:
+        self._requested = True
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if not self.deferred:
+            raise InterruptedRun("stopped: the same command goes on from here")
+
+    @property
+    def requested(self) -> bool:
+        """Whether to stop at the next opportunity."""
+        return self._requested or (self._parent is not None and os.getppid() != self._parent)
+
+
+def ignore_interruptions(worker: int) -> None:
+    """For a loader's workers: a signal to the whole process group is the main process's to act on."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
