@@ -71,5 +71,6 @@ class ShardPlan:
         if self.busy_workers < self.num_workers:
             text += f" ({self.num_workers - self.busy_workers} more would have no shard)"
         if most != least:
-            text += f"; uneven: up to {100 * (1 - self.num_shards / (most * self.world_size)):.1f} % of an epoch is spent waiting"
+            waiting = 100 * (1 - self.num_shards / (most * self.world_size))
+            text += f"; uneven: up to {waiting:.1f} % of an epoch is spent waiting"
         return text
