@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from modeling_castream.features_castream import evaluating
+
 from .controls import fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
@@ -232,9 +234,10 @@ class _Run:
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:
-                features = scorer.features(block.pixel_values.to(self.model.device))
-                logits.append(scorer.logits(features, "gap").cpu())
-                confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
+                with evaluating(self.model):
+                    features = scorer.features(block.pixel_values.to(self.model.device))
+                    logits.append(scorer.logits(features)["gap"].cpu())
+                    confidence.append(scorer.probabilities(features)["ca"].amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
             self.store.write_value("temperature", temperature)
