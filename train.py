@@ -143,7 +143,6 @@ def train(
     accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(args).items()})
     images_in_all = args.epochs * num_rows
     watch = Watch(args, accelerator, model.config.stream_layers, images_in_all, progress)
-
     mixer = Mixer(args, model.config.num_labels, accelerator.process_index)
 
     # The loop: a step is over when all processes are; an epoch, when all have run out
@@ -152,7 +151,7 @@ def train(
         batches = loader.epoch(progress.epoch, place)
         while not is_complete(args, progress):
             taken, after = take(batches, args.gradient_accumulation_steps)
-            place, spare = after or place, taken[-1] if taken else spare
+            place, spare = after or place, taken[-1] if taken else spare or next(loader.epoch(progress.epoch))[0]
             counts = [sum(len(batch["keys"]) for batch in taken), loader.rows, len(loader.bad), interruption.requested]
             images, rows, bad, stop = (int(count) for count in total(accelerator, counts))
             progress.rows, loader.rows = progress.rows + rows, 0
@@ -164,10 +163,9 @@ def train(
             rate = learning_rate(args, used or (progress.images + images / 2) / images_in_all)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            taken = [
-                to_device(mixer(batch, progress.step, part), accelerator.device) for part, batch in enumerate(taken)
-            ]
-            sums = backward(accelerator, prepared, taken, to_device(spare, accelerator.device), images)
+            taken = [mixer(batch, progress.step, part) for part, batch in enumerate(taken)]
+            taken, spare = to_device(taken, accelerator.device), to_device(spare, accelerator.device)
+            sums = backward(accelerator, prepared, taken, spare, images)
             check_loss(sums, progress, rate, taken)
             if args.max_grad_norm:
                 accelerator.clip_grad_norm_(weights.values(), args.max_grad_norm)
@@ -284,9 +282,8 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
         autocast={"no": "off", None: "off"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         seed=args.seed,
     )
-    name = f"{args.model} on {args.dataset_name or 'scenes'}"
     report = evaluate_saliency(
-        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=name
+        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=args.model
     )
     accelerator.print("\n" + report.markdown())
 
