@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 
 def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -41,3 +42,17 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if strangers:
         raise ValueError(f"{path} holds no state_dict: {strangers[0]!r} is not a tensor.")
     return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def load_into(model: nn.Module, state: dict[str, torch.Tensor], checkpoint: str | Path, name: str) -> nn.Module:
+    """Load weights strictly, and set eval mode.
+
+    Raises:
+        ValueError: where the weights of `checkpoint` are not those of the network `name`.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        raise ValueError(f"{checkpoint} does not fit {name}: {' '.join(lines)[:200]}") from None
+    return model.eval()

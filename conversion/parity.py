@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import BaseImageProcessor
 
 from .source import Source
 
@@ -42,11 +43,16 @@ def example_images() -> list[Image.Image]:
 
 @torch.no_grad()
 def check_parity(
-    source: Source, model: nn.Module, renamed: dict[str, list[str]], images: list[Image.Image] | None = None
+    source: Source,
+    model: nn.Module,
+    image_processor: BaseImageProcessor,
+    renamed: dict[str, list[str]],
+    images: list[Image.Image] | None = None,
 ) -> Parity:
     """Compare a source with its conversion on a random and a real batch, at the source's own resolution.
 
     Args:
+        model, image_processor: the conversion.
         renamed: new names of the source's weights, as `mapping.rename` found them.
         images: the real batch, RGB; None: `example_images()`.
 
@@ -55,54 +61,59 @@ def check_parity(
     """
     images = example_images() if images is None else images
     pixel_values = source.transform(images)
-    ours = torch.as_tensor(np.stack(source.image_processor(images=images)["pixel_values"]))
+    ours = torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"]))
     pixels = (pixel_values - ours).abs().max().item()
     if not pixels <= TOLERANCE:
         raise ValueError(f"the image processors differ by {pixels:.2g} in pixel values, more than {TOLERANCE:g}.")
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, 3, *source.image_size, generator=generator)
+    noise = torch.randn(2, *pixel_values.shape[1:], generator=torch.Generator().manual_seed(0))
     difference = largest = 0.0
     for batch in (noise, pixel_values):
-        expected, logits = source.logits(batch), model(batch, pooling="gap").logits
-        largest = max(largest, expected.abs().max().item())
-        difference = max(difference, (expected - logits).abs().max().item())
-        if not (expected - logits).abs().max() <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        expected = source.logits(batch)
+        error, scale = (expected - model(batch, pooling="gap").logits).abs().max().item(), expected.abs().max().item()
+        if not error <= TOLERANCE * max(1.0, scale):
             where = first_difference(source, model, renamed, batch)
-            raise ValueError(f"the converted model's logits differ from the source's by {difference:.2g}: {where}.")
+            raise ValueError(f"the converted model's logits differ from the source's by {error:.2g}: {where}.")
+        difference, largest = max(difference, error), max(largest, scale)
     return Parity(difference, largest, pixels)
 
 
-def _record(outputs: dict[str, torch.Tensor], name: str, module: nn.Module, args: tuple, output) -> None:
-    if isinstance(output, torch.Tensor):
-        outputs[name] = output.flatten().sort().values  # whatever the order of the axes
+def _record(inputs: dict[str, torch.Tensor], name: str, module: nn.Module, args: tuple) -> None:
+    if args and isinstance(args[0], torch.Tensor):
+        inputs[name] = args[0].flatten().sort().values  # whatever the order of the axes
 
 
-def _layer_outputs(model: nn.Module, names: set[str], pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Sorted outputs of the named submodules, in the order in which they run."""
-    outputs = {}
-    hooks = [model.get_submodule(name).register_forward_hook(partial(_record, outputs, name)) for name in names]
+def _layer_inputs(model: nn.Module, names: set[str], pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Sorted inputs of the named submodules, in the order in which they run."""
+    inputs = {}
+    hooks = [model.get_submodule(name).register_forward_pre_hook(partial(_record, inputs, name)) for name in names]
     try:
         model(pixel_values)
     finally:
         for hook in hooks:
             hook.remove()
-    return outputs
+    return inputs
 
 
 def first_difference(
     source: Source, model: nn.Module, renamed: dict[str, list[str]], pixel_values: torch.Tensor
 ) -> str:
-    """Say which layer with weights is the first whose output differs between a source and its conversion."""
+    """Say which layer with weights is the first whose input differs between a source and its conversion.
+
+    Inputs, as some networks count the activation behind a layer as a part of it and others do not.
+    """
     pairs = {name.rpartition(".")[0]: targets[0].rpartition(".")[0] for name, targets in renamed.items()}
-    theirs = _layer_outputs(source.model, set(pairs), pixel_values)
-    ours = _layer_outputs(model, set(pairs.values()), pixel_values)
+    theirs = _layer_inputs(source.model, set(pairs), pixel_values)
+    ours = _layer_inputs(model, set(pairs.values()), pixel_values)
+    previous = "the image"
     for name, expected in theirs.items():
-        output = ours.get(pairs[name])
-        if output is None:
-            return f"first in layer {name}, which the converted model does not run"
-        if output.shape != expected.shape:
-            return f"first in layer {name}, whose output has another shape in {pairs[name]}"
-        difference = (output - expected).abs().max().item()
+        value = ours.get(pairs[name])
+        between = f"first between {previous} and {name} ({pairs[name]})"
+        if value is None:
+            return f"{between}, which the converted model does not run"
+        if value.shape != expected.shape:
+            return f"{between}, whose input has another shape"
+        difference = (value - expected).abs().max().item()
         if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
-            return f"first in layer {name}, by {difference:.2g} from {pairs[name]}"
-    return "no layer with weights differs, so the pooling does"
+            return f"{between}, whose input differs by {difference:.2g}"
+        previous = name
+    return f"first after {previous}"

@@ -30,7 +30,7 @@ class Source:
         rules: ordered table from the classifier's state_dict names to CAStreamForImageClassification's.
         image_processor: what the converted model's folder gets.
         transform: the classifier's own preprocessing, list of RGB images -> (batch_size, 3, height, width).
-        image_size: (height, width) of its input.
+        state: its weights by name, in the form the converted model takes; None: `model.state_dict()`.
     """
 
     family: str
@@ -39,7 +39,10 @@ class Source:
     rules: Rules
     image_processor: BaseImageProcessor
     transform: Callable[[list[Image.Image]], torch.Tensor]
-    image_size: tuple[int, int]
+    state: dict[str, torch.Tensor] | None = None
+
+    def __post_init__(self):
+        self.state = self.model.state_dict() if self.state is None else self.state
 
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Scores (batch_size, num_labels) of the classifier."""

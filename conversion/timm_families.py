@@ -5,14 +5,14 @@ from collections.abc import Callable
 
 import timm
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import TimmBackboneConfig
-from transformers.image_utils import PILImageResampling
 
 from modeling_castream import CAStreamImageProcessor
 
-from .checkpoint import load_checkpoint
+from .checkpoint import load_checkpoint, load_into
+from .preprocessing import image_processor, labels
 from .source import CLASSIFIER, HEAD, NECK, TIMM_BACKBONE, Rules, Source
 
 _ACTIVATIONS = {
@@ -106,42 +106,15 @@ _WITHOUT_POOLING = {
 }
 
 
-def labels(num_classes: int) -> dict:
-    """`id2label` and `label2id` of an ImageNet classifier, else only `num_labels`."""
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
-        return {"num_labels": num_classes}
-    info = ImageNetInfo(subset)
-    names = [info.index_to_description(index) for index in range(num_classes)]
-    repeated = {name for name in names if names.count(name) > 1}  # two classes of ImageNet are called "crane"
-    names = [
-        f"{name} ({info.index_to_label_name(index)})" if name in repeated else name for index, name in enumerate(names)
-    ]
-    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def image_processor(data_config: dict) -> CAStreamImageProcessor:
-    """The image processor that gives the pixels of timm's evaluation transform.
-
-    Args:
-        data_config: what `timm.data.resolve_model_data_config` returns.
-
-    Raises:
-        ValueError: on timm's `crop_mode="border"`, which no processor of transformers knows.
-    """
+def _image_processor(data_config: dict) -> CAStreamImageProcessor:
+    """The image processor that gives the pixels of timm's evaluation transform of `data_config`."""
     if data_config["crop_mode"] not in ("center", "squash"):
         raise ValueError(f"crop_mode={data_config['crop_mode']!r} of this classifier's preprocessing is not supported.")
-    height, width = data_config["input_size"][1:]
-    resized = [math.floor(size / data_config["crop_pct"]) for size in (height, width)]
-    keeps_aspect = data_config["crop_mode"] == "center" and height == width
-    return CAStreamImageProcessor(
-        size={"shortest_edge": resized[0]} if keeps_aspect else {"height": resized[0], "width": resized[1]},
-        resample=PILImageResampling[data_config["interpolation"].upper()],
-        crop_size={"height": height, "width": width},
-        image_mean=list(data_config["mean"]),
-        image_std=list(data_config["std"]),
-        do_convert_rgb=True,
-    )
+    crop = data_config["input_size"][1:]
+    resize = [math.floor(size / data_config["crop_pct"]) for size in crop]
+    if data_config["crop_mode"] == "center" and crop[0] == crop[1]:
+        resize = resize[:1]
+    return image_processor(resize, crop, data_config["interpolation"], data_config["mean"], data_config["std"])
 
 
 def _create(name: str, checkpoint: str | None, positional: bool) -> nn.Module:
@@ -150,8 +123,6 @@ def _create(name: str, checkpoint: str | None, positional: bool) -> nn.Module:
     Raises:
         ValueError: on an unknown name, weights that can't be had, or a file that does not fit.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
     if checkpoint is None:
         try:
             return timm.create_model(name, pretrained=True).eval()
@@ -171,18 +142,7 @@ def _create(name: str, checkpoint: str | None, positional: bool) -> nn.Module:
     classifier = f"{template.pretrained_cfg['classifier']}.weight"
     if classifier not in state:
         raise ValueError(f"{checkpoint} does not fit {name}: it has no {classifier}.")
-    model = timm.create_model(name, num_classes=len(state[classifier]))
-    load_into(model, state, checkpoint, name)
-    return model.eval()
-
-
-def load_into(model: nn.Module, state: dict[str, torch.Tensor], checkpoint: str, name: str) -> None:
-    """`load_state_dict` whose error is one line."""
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split()[:40])
-        raise ValueError(f"{checkpoint} does not fit {name}: {reason}") from None
+    return load_into(timm.create_model(name, num_classes=len(state[classifier])), state, checkpoint, name)
 
 
 def load_timm(name: str, checkpoint: str | None = None, positional: bool = False) -> Source:
@@ -229,9 +189,8 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
             **labels(model.num_classes),
         },
         rules=rules,
-        image_processor=image_processor(data_config),
+        image_processor=_image_processor(data_config),
         transform=lambda images: torch.stack([transform(image) for image in images]),
-        image_size=tuple(data_config["input_size"][1:]),
     )
 
 

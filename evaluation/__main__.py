@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"evaluation: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -117,12 +120,16 @@ def _load_model(name: str):
         ValueError: there is none, or it is of another kind.
     """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers.image_processing_utils import BaseImageProcessor
 
-    import modeling_castream  # noqa: F401 - registers the classes
+    from modeling_castream import CAStreamImageProcessor
 
     try:
         model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(name)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(name)
+        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
+        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
+        image_processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
     if model.config.model_type != "castream":

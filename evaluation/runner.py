@@ -113,7 +113,7 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         totals = [n for n in (self.examples.total, settings.max_images) if n is not None]
         total = min(totals) if self.examples.total is not None else settings.max_images
-        done_images = sum(1 for _ in done) * settings.batch_size
+        done_images = len(done) * settings.batch_size
         bar = tqdm(
             total=total,
             initial=min(done_images, total or done_images),
@@ -121,27 +121,26 @@ class _Run:
             unit="image",
             disable=not accelerator.is_main_process,
         )
-        seen = skipped = waiting = 0
+        seen, skipped, waiting = 0, [], 0
         with bar:
             for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
                 waiting += len(rows) if number not in done else 0
                 if number % accelerator.num_processes != accelerator.process_index or number in done:
                     continue
                 block = prepare_block(number, rows, self.preprocessor, self.model.config.num_labels)
-                seen, skipped = seen + len(rows), skipped + len(block.skipped)
-                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None), block.skipped)
+                seen, skipped = seen + len(rows), skipped + block.skipped
+                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None))
                 yield block
                 bar.update(waiting)
                 waiting = 0
             bar.update(waiting)
 
-    def _check_skipped(self, skipped: int, total: int | None, entries: list[dict]) -> None:
+    def _check_skipped(self, skipped: list[dict], total: int | None) -> None:
         """Stop once more images could not be decoded than may be left out."""
-        if total and skipped > MAX_SKIPPED_SHARE * total:
-            last = f", such as {entries[-1]['id']} ({entries[-1]['reason']})" if entries else ""
+        if total and len(skipped) > MAX_SKIPPED_SHARE * total:
             raise ValueError(
-                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the "
-                "dataset."
+                f"{len(skipped)} of {total} images cannot be decoded, such as {skipped[-1]['id']} "
+                f"({skipped[-1]['reason']}): more than 1 % would bias the result, repair the dataset."
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
@@ -177,8 +176,10 @@ class _Run:
         return {place * total // wanted for place in range(wanted)} if total > wanted else set(range(total))
 
     def _keep_examples(self, block: Block, rows: list[dict], maps: dict) -> None:
-        for place in [place for place, index in enumerate(block.indices) if index in self._picks()]:
-            index = block.indices[place]
+        picks = self._picks()
+        for place, index in enumerate(block.indices):
+            if index not in picks:
+                continue
             arrays = {
                 f"{method}|{pooling}": saliency[place].numpy()
                 for (method, pooling, matched), saliency in maps.items()
@@ -218,11 +219,11 @@ class _Run:
             raise RuntimeError(f"images were not counted exactly once: {len(indices)} in {len(part.blocks)} blocks.")
         if not indices:
             raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
-        self._check_skipped(len(part.skipped), len(indices), part.skipped)
+        self._check_skipped(part.skipped, len(indices))
 
     def _temperature(self) -> float:
         """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
-        found = self.store.read_note("temperature") if self.store is not None else None
+        found = self.store.read_value("temperature") if self.store is not None else None
         if found is not None:
             return found
         if self.examples.rows is iter(self.examples.rows):
@@ -236,7 +237,7 @@ class _Run:
                 confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
-            self.store.write_note("temperature", temperature)
+            self.store.write_value("temperature", temperature)
         return temperature
 
     def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None) -> float:

@@ -1,0 +1,109 @@
+"""A CA-Stream classifier as an ONNX file with the outputs `logits` and `attention`."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoImageProcessor
+
+from modeling_castream import CAStreamForImageClassification
+
+TOLERANCE = 1e-4
+_OUTPUTS = ("logits", "attention")
+
+
+class LogitsAndAttention(nn.Module):
+    """A classifier's forward pass as plain tensors, which ONNX has names for."""
+
+    def __init__(self, model: CAStreamForImageClassification, pooling: str | None = None):
+        super().__init__()
+        self.model, self.pooling = model, pooling
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch_size, num_channels, height, width) -> logits (batch_size, num_labels), and the last block's attention
+        (batch_size, num_heads, height_L, width_L), each head summing to 1 over positions."""
+        outputs = self.model(pixel_values, pooling=self.pooling)
+        return outputs.logits, outputs.attention_maps[-1]
+
+
+def _image_size(folder: str | Path) -> tuple[int, int]:
+    """(height, width) of what the folder's image processor makes of an image; 224 x 224 without one."""
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError):
+        return 224, 224
+    pixel_values = image_processor(images=np.zeros((256, 256, 3), np.uint8), return_tensors="pt")["pixel_values"]
+    return tuple(pixel_values.shape[-2:])
+
+
+def _export(module: nn.Module, pixel_values: torch.Tensor, path: Path, fixed_size: bool) -> None:
+    axes = {0: "batch_size"} if fixed_size else {0: "batch_size", 2: "height", 3: "width"}
+    try:
+        program = torch.onnx.export(
+            module,
+            (pixel_values,),
+            dynamo=True,
+            verbose=False,
+            input_names=["pixel_values"],
+            output_names=list(_OUTPUTS),
+            dynamic_shapes=({axis: torch.export.Dim.DYNAMIC for axis in axes},),
+        )
+    except Exception as error:  # the exporter's own error quotes the whole graph
+        remedy = "" if fixed_size else ": networks made for one image size export with --fixed-size"
+        raise ValueError(f"the model can't be exported ({type(error).__name__}){remedy}.") from None
+    program.save(path)
+
+
+def _largest_difference(module: nn.Module, path: Path, batches: list[torch.Tensor]) -> float:
+    """Largest difference between PyTorch's and onnxruntime's outputs, relative to max(1, largest output)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    difference = 0.0
+    for batch in batches:
+        with torch.no_grad():
+            expected = [output.numpy() for output in module(batch)]
+        for ours, theirs in zip(expected, session.run(list(_OUTPUTS), {"pixel_values": batch.numpy()}), strict=True):
+            difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
+    return difference
+
+
+def export_onnx(
+    folder: str | Path, output: str | Path, *, pooling: str | None = None, fixed_size: bool = False
+) -> float:
+    """Export a saved model, and verify the file with onnxruntime before it takes its name.
+
+    Args:
+        folder: of a CAStreamForImageClassification.
+        output: the ONNX file; an existing one is replaced.
+        pooling: `"ca"`, `"gap"`, or None for the config's.
+        fixed_size: whether height and width are those of the image processor; else they, like the batch size, are free.
+
+    Returns:
+        The largest difference measured, relative to max(1, largest output), over two batches of different shapes.
+
+    Raises:
+        ValueError: where the model can't be read or exported, or a difference exceeds 1e-4; then nothing is written.
+    """
+    output = Path(output).absolute()
+    try:
+        model = CAStreamForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"--model {folder} is no readable model: {str(error).splitlines()[0]}") from None
+    module, (height, width) = LogitsAndAttention(model, pooling).eval(), _image_size(folder)
+    generator = torch.Generator().manual_seed(0)
+    other = (3, height, width) if fixed_size else (1, height + 32, width + 64)
+    shapes = ((2, height, width), other)
+    batches = [torch.randn(count, 3, *size, generator=generator) for count, *size in shapes]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+        path = Path(temporary) / output.name
+        _export(module, batches[0], path, fixed_size)
+        difference = _largest_difference(module, path, batches)
+        if not difference <= TOLERANCE:
+            raise ValueError(f"onnxruntime's outputs differ by {difference:.2g}, more than {TOLERANCE:g}.")
+        os.replace(path, output)
+    return difference

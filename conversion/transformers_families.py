@@ -1,0 +1,137 @@
+"""transformers classifiers: which layers stand around their pooling, and under which names."""
+
+import os
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+
+from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Source
+
+
+def _without_layers(config: PreTrainedConfig) -> dict:
+    return {}
+
+
+def _cls_token(config: PreTrainedConfig) -> dict:
+    return {"classifier_cls_token": True}
+
+
+def _bit_layers(config: PreTrainedConfig) -> dict:
+    """BiT's norm and activation before pooling, which its network has with pre-activation blocks only."""
+    if config.layer_type != "preactivation":
+        return {}
+    norm = {"type": "group_norm", "num_groups": config.num_groups, "eps": 1e-5}
+    return {"neck_layers": [norm, {"type": "activation", "function": config.hidden_act}]}
+
+
+# model_type -> fields of CAStreamConfig that it does not know by itself, and the names of the weights. SwinBackbone and
+# BitBackbone run, and store, the norm before pooling without handing its output on: its weights go to both places.
+FAMILIES = {
+    "resnet": (_without_layers, [(r"^classifier\.1\.", CLASSIFIER), (r"^resnet\.", BACKBONE)]),
+    "convnext": (
+        _without_layers,
+        [(r"^classifier\.", CLASSIFIER), (r"^convnext\.layernorm\.", f"{HEAD}0."), (r"^convnext\.", BACKBONE)],
+    ),
+    "convnextv2": (
+        _without_layers,
+        [(r"^classifier\.", CLASSIFIER), (r"^convnextv2\.layernorm\.", f"{HEAD}0."), (r"^convnextv2\.", BACKBONE)],
+    ),
+    "swin": (
+        _without_layers,
+        [
+            (r"^classifier\.", CLASSIFIER),
+            (r"^swin\.layernorm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>")),
+            (r"^swin\.", rf"{BACKBONE}\g<0>"),
+        ],
+    ),
+    "dinov2": (_cls_token, [(r"^classifier\.", CLASSIFIER), (r"^dinov2\.", BACKBONE)]),
+    "dinov2_with_registers": (
+        _cls_token,
+        [(r"^classifier\.", CLASSIFIER), (r"^dinov2_with_registers\.", BACKBONE)],
+    ),
+    "bit": (
+        _bit_layers,
+        [
+            (r"^classifier\.1\.", CLASSIFIER),
+            (r"^bit\.norm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>")),
+            (r"^bit\.", rf"{BACKBONE}\g<0>"),
+        ],
+    ),
+}
+SUPPORTED = ", ".join(FAMILIES)
+_WITHOUT_POOLING = ("beit", "cvt", "data2vec-vision", "deit", "levit", "mobilevit", "vit", "vit_msn")
+_REMEDIES = {"regnet": " transformers has no RegNet backbone: convert timm:regnet* instead."}
+
+
+def _check_family(source: str, config: PreTrainedConfig) -> None:
+    family = config.model_type
+    if family in _WITHOUT_POOLING:
+        raise ValueError(
+            f"{source} ({family}) has no global average pooling of a feature map to replace: "
+            "its classifier reads tokens."
+        )
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}."
+            + _REMEDIES.get(family, "")
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_parts(source: str):
+    """Model, in float32 and eval mode, and image processor of a folder or Hub id."""
+    if not os.path.isdir(source) and (os.path.exists(source) or source.count("/") > 1 or source.startswith((".", "/"))):
+        raise ValueError(f"no folder {source}: name the folder or Hub id of a transformers image classifier.")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{source} has no readable config: {_first_line(error)}") from None
+    _check_family(source, config)
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source, config=config, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # OSError, SafetensorError, RuntimeError: by where the file is damaged
+        raise ValueError(f"the weights of {source} can't be loaded: {_first_line(error)}") from None
+    for problem in ("missing_keys", "unexpected_keys"):
+        if info[problem]:
+            keys = sorted(info[problem])
+            raise ValueError(f"{source} is not a whole classifier: {problem.replace('_', ' ')} {', '.join(keys[:3])}.")
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source} has no readable preprocessor_config.json: {_first_line(error)}") from None
+    return model.eval(), image_processor
+
+
+def load_transformers(source: str) -> Source:
+    """Describe a transformers classifier.
+
+    Args:
+        source: folder or Hub id.
+
+    Raises:
+        ValueError: on a family that is not supported, or a folder without config, whole weights or image processor.
+    """
+    model, image_processor = _load_parts(source)
+    layers, rules = FAMILIES[model.config.model_type]
+    backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
+    backbone.out_features = list(backbone.stage_names)
+    return Source(
+        family=f"transformers {model.config.model_type}",
+        model=model,
+        config={
+            "backbone_config": backbone,
+            "id2label": model.config.id2label,
+            "label2id": model.config.label2id,
+            "problem_type": model.config.problem_type,
+            **layers(model.config),
+        },
+        rules=rules,
+        image_processor=image_processor,
+        transform=lambda images: torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"])),
+    )
