@@ -19,8 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
 from evaluation import EvaluationSettings, evaluate_saliency
+from publishing import publish, write_model_card
 from training.arguments import TrainingArguments, parse_arguments
-from training.card import write_card
 from training.data import ReaderSettings, StreamLoader
 from training.dataset import Split, open_split
 from training.ema import Ema
@@ -77,7 +77,7 @@ def main(args: TrainingArguments) -> None:
     if held_out and not (folder.evaluation / "results.json").is_file():
         evaluate(args, accelerator, folder, model, image_processor, held_out)
     if accelerator.is_main_process:
-        write_card(folder, args)
+        describe(args, folder)
         folder.release()
         print_end(folder, time.time() - started)
     accelerator.end_training()
@@ -175,6 +175,7 @@ def train(
             if ema:
                 ema.update(progress.step)
             watch.step(progress, sums, images, rate)
+            watch.strip(progress, objective, watched)
             if stop or progress.step % args.checkpoint_steps == 0:
                 keeper.save(progress, place)
             if stop:
@@ -286,6 +287,24 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
         model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=args.model
     )
     accelerator.print("\n" + report.markdown())
+
+
+def describe(args: TrainingArguments, folder: RunFolder) -> None:
+    """Write the model card, and push the model if the settings say so."""
+    if not (folder.model / "README.md").is_file():
+        results = folder.evaluation / "results.json"
+        hub_id = args.model if "/" in args.model and not os.path.exists(args.model) else None
+        write_model_card(
+            folder.model,
+            read_json(results) if results.is_file() else None,
+            asdict(args) | {"output_dir": None},
+            repo_id=args.hub_model_id,
+            base_model=f"timm/{args.model.removeprefix('timm:')}" if args.model.startswith("timm:") else hub_id,
+            datasets=[args.dataset_name] if args.dataset_name and not os.path.exists(args.dataset_name) else None,
+        )
+    if args.push_to_hub:
+        evaluated = folder.evaluation if folder.evaluation.is_dir() else None
+        print(f"pushed: {publish(folder.model, args.hub_model_id, results_dir=evaluated).url}")
 
 
 def print_end(folder: RunFolder, seconds: float) -> None:
