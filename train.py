@@ -19,8 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 
 from evaluation import EvaluationSettings, evaluate_saliency
+from publishing import publish, write_model_card
 from training.arguments import TrainingArguments, parse_arguments
-from training.card import write_card
 from training.data import ReaderSettings, StreamLoader
 from training.dataset import Split, open_split
 from training.ema import Ema
@@ -77,7 +77,7 @@ def main(args: TrainingArguments) -> None:
     if held_out and not (folder.evaluation / "results.json").is_file():
         evaluate(args, accelerator, folder, model, image_processor, held_out)
     if accelerator.is_main_process:
-        write_card(folder, args)
+        describe(args, folder)
         folder.release()
         print_end(folder, time.time() - started)
     accelerator.end_training()
@@ -143,7 +143,6 @@ def train(
     accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(args).items()})
     images_in_all = args.epochs * num_rows
     watch = Watch(args, accelerator, model.config.stream_layers, images_in_all, progress)
-
     mixer = Mixer(args, model.config.num_labels, accelerator.process_index)
 
     # The loop: a step is over when all processes are; an epoch, when all have run out
@@ -152,7 +151,7 @@ def train(
         batches = loader.epoch(progress.epoch, place)
         while not is_complete(args, progress):
             taken, after = take(batches, args.gradient_accumulation_steps)
-            place, spare = after or place, taken[-1] if taken else spare
+            place, spare = after or place, taken[-1] if taken else spare or next(loader.epoch(progress.epoch))[0]
             counts = [sum(len(batch["keys"]) for batch in taken), loader.rows, len(loader.bad), interruption.requested]
             images, rows, bad, stop = (int(count) for count in total(accelerator, counts))
             progress.rows, loader.rows = progress.rows + rows, 0
@@ -164,10 +163,9 @@ def train(
             rate = learning_rate(args, used or (progress.images + images / 2) / images_in_all)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            taken = [
-                to_device(mixer(batch, progress.step, part), accelerator.device) for part, batch in enumerate(taken)
-            ]
-            sums = backward(accelerator, prepared, taken, to_device(spare, accelerator.device), images)
+            taken = [mixer(batch, progress.step, part) for part, batch in enumerate(taken)]
+            taken, spare = to_device(taken, accelerator.device), to_device(spare, accelerator.device)
+            sums = backward(accelerator, prepared, taken, spare, images)
             check_loss(sums, progress, rate, taken)
             if args.max_grad_norm:
                 accelerator.clip_grad_norm_(weights.values(), args.max_grad_norm)
@@ -177,6 +175,7 @@ def train(
             if ema:
                 ema.update(progress.step)
             watch.step(progress, sums, images, rate)
+            watch.strip(progress, objective, watched)
             if stop or progress.step % args.checkpoint_steps == 0:
                 keeper.save(progress, place)
             if stop:
@@ -284,11 +283,28 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
         autocast={"no": "off", None: "off"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
         seed=args.seed,
     )
-    name = f"{args.model} on {args.dataset_name or 'scenes'}"
     report = evaluate_saliency(
-        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=name
+        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=args.model
     )
     accelerator.print("\n" + report.markdown())
+
+
+def describe(args: TrainingArguments, folder: RunFolder) -> None:
+    """Write the model card, and push the model if the settings say so."""
+    if not (folder.model / "README.md").is_file():
+        results = folder.evaluation / "results.json"
+        hub_id = args.model if "/" in args.model and not os.path.exists(args.model) else None
+        write_model_card(
+            folder.model,
+            read_json(results) if results.is_file() else None,
+            asdict(args) | {"output_dir": None},
+            repo_id=args.hub_model_id,
+            base_model=f"timm/{args.model.removeprefix('timm:')}" if args.model.startswith("timm:") else hub_id,
+            datasets=[args.dataset_name] if args.dataset_name and not os.path.exists(args.dataset_name) else None,
+        )
+    if args.push_to_hub:
+        evaluated = folder.evaluation if folder.evaluation.is_dir() else None
+        print(f"pushed: {publish(folder.model, args.hub_model_id, results_dir=evaluated).url}")
 
 
 def print_end(folder: RunFolder, seconds: float) -> None:

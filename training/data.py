@@ -292,4 +292,5 @@ class StreamLoader:
             num_workers=self.num_workers,
             prefetch_factor=prefetch,
             worker_init_fn=ignore_interruptions,
+            generator=torch.Generator(),  # else the loader draws from the training process's own
         )

@@ -15,7 +15,7 @@ class Interruption:
     """Turns a signal into InterruptedRun: at once, or, while `deferred` is set, when the code asks for `requested`.
 
     A second signal ends the process. A launcher that is killed cannot pass a signal on, and its orphan would keep the
-    run's folder occupied: so a process started by one (`accelerate launch`, torchrun) also stops when its parent is gone.
+    run's folder occupied: so a process started by one (`accelerate launch`, torchrun) stops when its parent is gone.
     """
 
     def __init__(self):

@@ -57,6 +57,6 @@ def to_device(value, device: torch.device):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
         return {key: to_device(entry, device) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return tuple(to_device(entry, device) for entry in value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(entry, device) for entry in value)
     return value

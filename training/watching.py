@@ -10,6 +10,7 @@ from .arguments import TrainingArguments
 from .progress import Progress
 from .run_folder import RunFolder
 from .steps import total
+from .strip import STRIP_IMAGES, draw_strip
 
 MIN_ROWS = 200  # rows before the share of bad ones means anything
 
@@ -50,8 +51,20 @@ class Watch:
         self.bar.set_postfix(loss=f"{loss:.3f}", entropy=f"{entropies[-1]:.3f}", refresh=False)
         self.sums, self.images, self.since = {}, 0, time.time()
 
+    def strip(self, progress: Progress, objective, images: list[torch.Tensor]) -> None:
+        """Every `strip_steps`, log what the model looks at on the first images of normalised batches."""
+        if not self.args.strip_steps or progress.step % self.args.strip_steps or not images:
+            return
+        if self.accelerator.is_main_process:
+            picture = draw_strip(objective, images[0][:STRIP_IMAGES])
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    tracker.writer.add_image("saliency", picture, progress.step, dataformats="HWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({"saliency": [picture]}, step=progress.step)
+
     def close(self) -> None:
-        """Remove nothing, end the bar's line."""
+        """End the bar's line."""
         self.bar.close()
 
 
