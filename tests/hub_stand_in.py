@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,12 +24,14 @@ LFS_SUFFIXES = (".safetensors", ".png", ".bin")
 
 @dataclass
 class Fault:
-    """A request that goes wrong. `times` counts down; `drop_after` closes the connection after that many bytes."""
+    """A request that goes wrong. `times` counts down; `drop_after` closes the connection after that many bytes;
+    `action` happens before the request is answered as it would be."""
 
     method: str
     pattern: str
     status: int | None = None
     drop_after: int | None = None
+    action: Callable[[], object] | None = None
     times: int = 1
     headers: dict[str, str] = field(default_factory=dict)
 
@@ -131,6 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
     """One request. Each route is a method; its pattern's groups are its arguments."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer
+    disable_nagle_algorithm = True
     stand_in: HubStandIn
 
     def log_message(self, *_):
@@ -153,7 +158,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.close()
             return
         self.body = self._read_body()
-        if fault is not None:
+        if fault is not None and fault.action is not None:
+            fault.action()
+        elif fault is not None:
             self._send(fault.status, {"error": f"switched-on fault {fault.status}"}, fault.headers)
             return
         try:
@@ -233,11 +240,13 @@ class _Handler(BaseHTTPRequestHandler):
         kind, name = asked.get("type") or "model", f"{asked.get('organization') or USER}/{asked['name']}"
         self._require_write(name)
         if (kind, name) in self.stand_in.repos:
-            raise HubError(409, "You already created this repo")
+            url = f"{self.stand_in.url}/{'spaces/' if kind == 'space' else ''}{name}"
+            self._send(409, {"error": "You already created this repo", "url": url, "name": name})
+            return
         private = asked.get("visibility") == "private" or asked.get("private") is True
         repo = self.stand_in.repos[kind, name] = Repo(kind, name, private)
         repo.commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", False)}, "initial commit", "main")
-        self._send(200, {"url": f"{self.stand_in.url}/{name}", "name": name, "id": name})
+        self._send(200, {"url": f"{self.stand_in.url}/{'spaces/' if kind == 'space' else ''}{name}", "name": name})
 
     def repo_info(self, kind, name, revision="main"):
         repo = self._repo(kind, name)
