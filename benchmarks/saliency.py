@@ -20,14 +20,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.networks import NETWORKS, images, pooled_layer
+from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
 from modeling_castream.saliency_castream import explain_features, extract
 
 POOLINGS = ("gap", "ca")
-# Channels of ResNet-50's last layer would keep a peer busy for minutes an image; those of stage 1 cost as much each.
-SCORE_CAM_LAYERS = {"ResNet-50": "stage1", "EfficientNet-Lite0": "neck"}
 
 
 def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -59,9 +57,9 @@ def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
 
 def score_cam_contenders(network: str) -> dict[str, Callable]:
     """Score-CAM of one image under both poolings; the peer knows no poolings, and runs twice."""
-    model, pixel_values, name = NETWORKS[network](), images(1), SCORE_CAM_LAYERS[network]
+    model, pixel_values = NETWORKS[network](), images(1)
     target = forward(model, pixel_values).argmax(-1)
-    layer = pooled_layer(model) if name == "neck" else model.castream.backbone.encoder.stages[0]
+    name, layer = masking_layer(model)
 
     def castream(**options):
         return explain_features(extract(model, pixel_values), target, "score_cam", POOLINGS, layer=name, **options)
