@@ -57,10 +57,6 @@ def _stream_rules(network: str, variant: str) -> Rules:
 
 def _config(architecture: str, state: dict[str, torch.Tensor], num_attention_heads: int) -> CAStreamConfig:
     network, _, variant = architecture.rpartition("_")
-    projections = [value for key, value in state.items() if key.endswith("to_out.1.weight")]
-    stream_layers = _stream_layers(network)
-    if stream_layers is not None and len(stream_layers) != len(projections):
-        raise ValueError(f"it has {len(projections)} blocks, {architecture} has {len(stream_layers)}")
     classifier = state.get(_CLASSIFIERS[network.split("_")[0].rstrip("0123456789")])
     if classifier is None:
         raise ValueError("it has no classifier")
@@ -68,10 +64,9 @@ def _config(architecture: str, state: dict[str, torch.Tensor], num_attention_hea
         **describe(network)[0],
         **labels(len(classifier)),
         variant=variant,
-        stream_layers=stream_layers,
-        stream_channels=None if stream_layers is None else [weight.shape[1] for weight in projections],
+        stream_layers=_stream_layers(network),
         num_attention_heads=num_attention_heads,
-        output_projection=variant == "stream" or len(projections) > 0,
+        output_projection=variant == "stream" or "cls_surrogate.to_out.1.weight" in state,
         freeze_classifier=True,
     )
 

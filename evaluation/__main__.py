@@ -79,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"evaluation: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

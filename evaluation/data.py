@@ -126,7 +126,8 @@ def open_dataset(
     except (ValueError, OSError, ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"dataset {name!r}, split {split!r} cannot be opened: {reason}") from None
-    return read_examples(dataset, name, columns, label2id)
+    title = f"{' '.join(data_files) if data_files else name} ({split})"
+    return read_examples(dataset, title, columns, label2id)
 
 
 def read_examples(

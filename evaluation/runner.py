@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from modeling_castream.features_castream import evaluating
+
 from .controls import fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
@@ -113,7 +115,7 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         totals = [n for n in (self.examples.total, settings.max_images) if n is not None]
         total = min(totals) if self.examples.total is not None else settings.max_images
-        done_images = sum(1 for _ in done) * settings.batch_size
+        done_images = len(done) * settings.batch_size
         bar = tqdm(
             total=total,
             initial=min(done_images, total or done_images),
@@ -176,8 +178,10 @@ class _Run:
         return {place * total // wanted for place in range(wanted)} if total > wanted else set(range(total))
 
     def _keep_examples(self, block: Block, rows: list[dict], maps: dict) -> None:
-        for place in [place for place, index in enumerate(block.indices) if index in self._picks()]:
-            index = block.indices[place]
+        picks = self._picks()
+        for place, index in enumerate(block.indices):
+            if index not in picks:
+                continue
             arrays = {
                 f"{method}|{pooling}": saliency[place].numpy()
                 for (method, pooling, matched), saliency in maps.items()
@@ -221,7 +225,7 @@ class _Run:
 
     def _temperature(self) -> float:
         """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
-        found = self.store.read_note("temperature") if self.store is not None else None
+        found = self.store.read_value("temperature") if self.store is not None else None
         if found is not None:
             return found
         if self.examples.rows is iter(self.examples.rows):
@@ -230,12 +234,13 @@ class _Run:
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:
-                features = scorer.features(block.pixel_values.to(self.model.device))
-                logits.append(scorer.logits(features, "gap").cpu())
-                confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
+                with evaluating(self.model):
+                    features = scorer.features(block.pixel_values.to(self.model.device))
+                    logits.append(scorer.logits(features)["gap"].cpu())
+                    confidence.append(scorer.probabilities(features)["ca"].amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
-            self.store.write_note("temperature", temperature)
+            self.store.write_value("temperature", temperature)
         return temperature
 
     def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None) -> float:

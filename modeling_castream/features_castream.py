@@ -122,7 +122,7 @@ def run_backbone(
     model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
-    with torch.autocast(pixel_values.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)
     return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token

@@ -1,10 +1,10 @@
-"""Settings of a training run: one dataclass, filled from a recipe (YAML) and the command line, checked before any work."""
+"""Settings of a training run: one dataclass, filled from a recipe (YAML) and the command line, checked at once."""
 
 import argparse
 import difflib
 import types
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
@@ -27,8 +27,7 @@ CHOICES = {
 
 def option(default, help: str, flag: bool = False):
     """A setting: its default, what it does, and whether `--help` shows it."""
-    kwargs = {"default_factory": default} if isinstance(default, type(list)) else {"default": default}
-    return field(**kwargs, metadata={"help": help, "flag": flag})
+    return field(default=default, metadata={"help": help, "flag": flag})
 
 
 @dataclass
@@ -43,8 +42,8 @@ class TrainingArguments:
     model: str = option(
         "pypi:efficientnet-lite0", "what to train: a source of `python -m conversion` or a CA-Stream folder", True
     )
-    variant: str = option("stream", "stream: every depth; final: the pooled feature map only")
-    stream_layers: list[str] | None = option(None, "depths that the stream reads, shallow to deep; none: all of them")
+    variant: str = option("final", "stream: every depth; final: the pooled feature map only")
+    stream_layers: tuple[str, ...] | None = option(None, "depths that the stream reads, shallow to deep; none: all")
     num_attention_heads: int = option(1, "heads of every cross-attention")
     query: str = option("class_agnostic", "one query, or one a class (class_specific)")
     init: str = option("gap", "gap: start from the plain classifier; reference: from random weights, as in the paper")
@@ -79,17 +78,17 @@ class TrainingArguments:
     cache_limit_gib: float = option(8.0, "size that the cached features may take")
 
     # Objective
-    objective: str = option("masked_distill", "cross_entropy (needs labels), distill or masked_distill", True)
+    objective: str = option("cross_entropy", "cross_entropy (needs labels), distill or masked_distill", True)
     pooling: str = option("ca", "what is trained: the stream (ca), or the plain network before it (gap)", True)
     label_smoothing: float = option(0.0, "of cross_entropy")
 
     # Optimisation
-    epochs: int = option(6, "passes over the training split", True)
+    epochs: int = option(5, "passes over the training split", True)
     max_steps: int | None = option(None, "stop after this many optimiser steps; none: after the epochs", True)
     batch_size: int = option(64, "images per process and forward pass", True)
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step", True)
     optimizer: str = option("adamw", "adamw or sgd")
-    learning_rate: float = option(1e-3, "highest learning rate", True)
+    learning_rate: float = option(3e-3, "highest learning rate", True)
     weight_decay: float = option(1e-2, "decoupled for adamw", True)
     momentum: float = option(0.9, "of sgd")
     schedule: str = option("one_cycle", "one_cycle, cosine, step or constant", True)
@@ -108,13 +107,13 @@ class TrainingArguments:
     log_steps: int = option(10, "optimiser steps between entries of the log")
     strip_steps: int = option(0, "optimiser steps between strips of saliency maps in the log; 0: none")
     tracker: str = option("tensorboard", "tensorboard, trackio, wandb or none", True)
-    evaluation_methods: list[str] = option(
-        lambda: ["grad_cam", "attention_cam", "raw_attention"], "saliency methods to evaluate"
+    evaluation_methods: tuple[str, ...] = option(
+        ("grad_cam", "attention_cam", "raw_attention"), "saliency methods to evaluate"
     )
-    evaluation_metrics: list[str] = option(
-        lambda: ["average_drop", "average_gain", "average_increase"], "metrics; with masks, mask_share and pointing_game"
+    evaluation_metrics: tuple[str, ...] = option(
+        ("average_drop", "average_gain", "average_increase"), "metrics; where there are masks, theirs are added"
     )
-    evaluation_controls: list[str] = option(list, "controls of the evaluation")
+    evaluation_controls: tuple[str, ...] = option((), "controls of the evaluation")
     evaluation_images: int | None = option(None, "held-out images to evaluate; none: all", True)
     push_to_hub: bool = option(False, "push the final model", True)
     hub_model_id: str | None = option(None, "where to push it")
@@ -190,8 +189,8 @@ def _coerce(name: str, value, annotation):
         if str(value).lower() not in words:
             raise wrong
         return words[str(value).lower()]
-    if typing.get_origin(kind) is list:
-        return [str(entry) for entry in (value if isinstance(value, list) else [value])]
+    if typing.get_origin(kind) is tuple:
+        return tuple(str(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
     if kind is str:
         if isinstance(value, bool):  # YAML 1.1 reads a bare `no` as false
             value = "no" if value is False else "yes"
@@ -207,7 +206,7 @@ def _coerce(name: str, value, annotation):
 
 
 def _describe(kind) -> str:
-    if typing.get_origin(kind) is list:
+    if typing.get_origin(kind) is tuple:
         return "a list"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
 
@@ -252,9 +251,9 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="recipe: a YAML file of `option: value` lines")
     for item in fields(TrainingArguments):
-        default = item.default if item.default is not MISSING else item.default_factory()
-        text = f"{item.metadata['help']} (default: {'none' if default is None else default})".replace("%", "%%")
-        listed = typing.get_origin(_TYPES[item.name]) is list or "list" in str(_TYPES[item.name])
+        default = " ".join(item.default) if isinstance(item.default, tuple) else item.default
+        text = f"{item.metadata['help']} (default: {'none' if default in (None, '') else default})".replace("%", "%%")
+        listed = "tuple" in str(_TYPES[item.name])
         shown = item.metadata["flag"]
         parser.add_argument(
             f"--{item.name}",

@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: complete or absent, verified by checksum, rotated, with the one before to fall back on."""
+"""Checkpoints that can be trusted: whole or absent, verified by checksum, with the one before to fall back on."""
 
 import json
 import random
@@ -17,7 +17,13 @@ _PREFIX = "step-"
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, torch.Tensor], optimizer: dict, state: dict, ranks: list[dict], keep: int
+    folder: Path,
+    step: int,
+    tensors: dict[str, torch.Tensor],
+    optimizer: dict,
+    state: dict,
+    ranks: list[dict],
+    keep: int,
 ) -> Path:
     """Write the checkpoint of an optimiser step, and remove all but the newest `keep`.
 

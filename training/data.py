@@ -1,10 +1,10 @@
 """Reading a split: workers that read, shuffle, decode and batch their shards, and a loader whose place can be saved.
 
-Resuming is exact for every shuffle window and both kinds of plan. A worker reads its shards, several at a time in turns,
-in blocks of `shuffle_window` rows, and permutes each block by a seed that belongs to the block; so its place is where
-the block starts and how far into it the run has come, and what a resumed run reads twice is at most one block of
-encoded images. The randomness of a sample (augmentation, mask) is seeded by the sample's own key and view, and so does
-not depend on who reads it or when.
+Resuming is exact for every shuffle window and both kinds of plan. A worker reads its shards, several at a time in
+turns, in blocks of `shuffle_window` rows, and permutes each block by a seed that belongs to the block; so its place
+is where the block starts and how far into it the run has come, and what a resumed run reads twice is at most one block
+of encoded images. The randomness of a sample (augmentation, mask) is seeded by the sample's own key and view, and so
+does not depend on who reads it or when.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import fsspec
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .dataset import Split
+from .interruption import ignore_interruptions
 from .sharding import ShardPlan
-from .transforms import DECODING_ERRORS, ImageTransform, decode_image, random_mask_noise
+from .transforms import DECODING_ERRORS, ImageTransform, random_mask_noise, read_image
 
 READ_ROWS = 8  # rows taken from a shard at a time; encoded, so a matter of overhead only
 
@@ -76,7 +76,7 @@ class ShardReader(IterableDataset):
     def _batches(self, worker: int, position: dict | None) -> Iterator[dict]:
         samples, rows, bad = [], 0, []
         rng_state = torch.get_rng_state()  # without workers this is the training process, which has its own use for it
-        for key, row, position in self._shuffled(worker, position):
+        for key, row, after in self._shuffled(worker, position):
             rows += 1
             sample = self._sample(key, row)
             bad += [key] if sample is None else []
@@ -86,7 +86,7 @@ class ShardReader(IterableDataset):
                 yield {
                     "batch": collate(samples),
                     "worker": worker,
-                    "position": position,
+                    "position": after,
                     "rows": rows,
                     "bad": bad,
                 }
@@ -98,13 +98,8 @@ class ShardReader(IterableDataset):
     def _sample(self, key: str, row: dict) -> dict | None:
         """A row decoded, in its view; None where the image is unreadable."""
         try:
-            image = row[self.split.image_column]
-            data = image.get("bytes")
-            if data is None:
-                with fsspec.open(image["path"], "rb") as file:
-                    data = file.read()
-            pixels = decode_image(data)
-        except (AttributeError, TypeError, *DECODING_ERRORS):
+            pixels = read_image(row[self.split.image_column])
+        except DECODING_ERRORS:
             return None
         views = self.settings.views
         view = self.epoch if views is None else self.epoch % views
@@ -138,7 +133,9 @@ class ShardReader(IterableDataset):
             rows = list(itertools.islice(reader, size))
             if not rows:
                 return
-            order = np.random.default_rng((self.settings.seed, self.epoch, self.rank, worker, block)).permutation(len(rows))
+            order = np.random.default_rng((self.settings.seed, self.epoch, self.rank, worker, block)).permutation(
+                len(rows)
+            )
             for index in range(offset, len(rows)):
                 yield (*rows[order[index]], {"block": block, "offset": index + 1, "lanes": start})
             block, offset = block + 1, 0
@@ -289,4 +286,11 @@ class StreamLoader:
     def _items(self, epoch: int, positions: dict, turn: int) -> Iterator[dict]:
         self.reader.start(epoch, dict(positions), turn)
         prefetch = 2 if self.num_workers else None
-        yield from DataLoader(self.reader, batch_size=None, num_workers=self.num_workers, prefetch_factor=prefetch)
+        yield from DataLoader(
+            self.reader,
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=prefetch,
+            worker_init_fn=ignore_interruptions,
+            generator=torch.Generator(),  # else the loader draws from the training process's own
+        )

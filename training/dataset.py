@@ -1,4 +1,4 @@
-"""Opening a dataset: scenes, Hub ids, folders of images, parquet or tar shards, all through `datasets` and all streamed."""
+"""Opening a dataset: scenes, Hub ids, folders of images, parquet or tar shards; all by `datasets`, all streamed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
     features = stream.features or Features({key: _guess_feature(value) for key, value in row.items()})
     image_column = _image_column(features, row, args)
     label_column = _label_column(features, args)
-    masks = [MASK_COLUMN] if MASK_COLUMN in features and MASK_COLUMN != image_column else []
+    masks = [MASK_COLUMN] if MASK_COLUMN in features and image_column != MASK_COLUMN else []
     columns = [image_column, *([label_column] if label_column else []), *masks]
     stream = stream.select_columns(columns)
     for column in (image_column, *masks):
@@ -88,7 +88,7 @@ def _resolve(args: TrainingArguments) -> tuple[str, dict]:
 
 
 def _by_split(files: list[str], folder: Path, args: TrainingArguments) -> dict[str, list[str]]:
-    """Files of each split, told by the split's name in the path below the folder; all are training data where none is."""
+    """Files of each split, told by its name in the path below the folder; all are for training where none is."""
     splits = {}
     for split in filter(None, (args.train_split, args.validation_split)):
         matching = [file for file in files if split in str(Path(file).relative_to(folder))]

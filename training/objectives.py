@@ -105,7 +105,7 @@ class Objective(nn.Module):
 
 
 def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
-    """Random soft masks in [0, 1]: normal noise, bicubic to the feature maps' size, ReLU, min-max, bilinear to the image.
+    """Random soft masks in [0, 1]: noise, bicubic to the feature maps' size, ReLU, min-max, bilinear to the image's.
 
     Args:
         noise: (batch_size, rows, columns).

@@ -1,6 +1,10 @@
-"""A linear classifier on frozen features: multinomial (or, with several labels an image, binary) logistic regression."""
+"""A linear classifier on frozen features: multinomial (with several labels an image, binary) logistic regression."""
+
+from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch.nn import functional as F
 
 
@@ -44,3 +48,28 @@ def fit_linear_classifier(
 
 def _binary(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+@torch.no_grad()
+def pooled_features(accelerator: Accelerator, model: torch.nn.Module, batches: Iterator[dict], objective) -> tuple:
+    """GAP features that the classifier reads, and labels, of all processes' images.
+
+    Args:
+        batches: of this process, with `images` or cached `features`, and `labels`.
+        objective: the Objective, for its `extract`.
+
+    Returns:
+        (num_images, num_features) and (num_images,) or (num_images, num_labels), on the CPU, the same everywhere.
+    """
+    features, labels = [], []
+    for batch in batches:
+        with accelerator.autocast():
+            found = batch["features"] if "features" in batch else objective.extract(batch)
+        feature_maps, cls_token = found["view"]
+        pooled = model.head(feature_maps[-1].float().mean((2, 3)))
+        features.append((pooled if cls_token is None else torch.cat([cls_token, pooled], -1)).float().cpu())
+        labels.append(batch["labels"].cpu())
+    gathered = [(torch.cat(features), torch.cat(labels))]
+    if accelerator.num_processes > 1:
+        gathered = gather_object(gathered)
+    return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True))

@@ -1,12 +1,12 @@
 """The folder of a run: whose it is, who works in it, and where everything lies.
 
-    settings.yaml   the settings of the run
-    checkpoints/    where it can go on from
-    initial/        the model as training found it: converted, with its classifier
-    model/          the trained model
-    evaluation/     results.json, results.md, examples.png
-    logs/           what the tracker wrote
-    bad_images.txt  what did not decode, if anything
+settings.yaml   the settings of the run
+checkpoints/    where it can go on from
+initial/        the model as training found it: converted, with its classifier
+model/          the trained model
+evaluation/     results.json, results.md, examples.png
+logs/           what the tracker wrote
+bad_images.txt  what did not decode, if anything
 """
 
 import os
@@ -24,6 +24,11 @@ from .storage import remove_partial, write_file
 FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "strip_steps", "tracker", "output_dir")
 FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction")
 LOCK_SECONDS = 20  # a run that was told to stop may still be saving
+
+
+def _plain(value):
+    """A setting as YAML gives it back."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 class RunFolder:
@@ -67,14 +72,18 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir={self.path} is a file: choose another one.")
         if not self._settings.is_file():
-            strangers = [path.name for path in self.path.iterdir() if path.name != ".lock"] if self.path.is_dir() else []
+            strangers = (
+                [path.name for path in self.path.iterdir() if path.name != ".lock"] if self.path.is_dir() else []
+            )
             strangers = [name for name in strangers if not name.endswith(".partial")]
             if strangers:
                 raise ValueError(f"output_dir={self.path} holds something else ({strangers[0]}): choose another one.")
             return
         try:
             there = yaml.safe_load(self._settings.read_text())
-            differing = [name for name, value in asdict(args).items() if name not in FREE and there[name] != value]
+            differing = [
+                name for name, value in asdict(args).items() if name not in FREE and there[name] != _plain(value)
+            ]
         except (OSError, yaml.YAMLError, KeyError, TypeError):
             raise ValueError(f"{self._settings} cannot be read: choose another output_dir.") from None
         if differing:

@@ -7,8 +7,14 @@ weighs each image alike and lets a process that has run out wait with an empty b
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
+
+
+@lru_cache(maxsize=4)
+def _shuffled(num_shards: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(num_shards)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class ShardPlan:
         """Shards that a worker reads in an epoch, in this order."""
         if self.by_rows:
             return list(range(self.num_shards))
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.num_shards)
+        order = _shuffled(self.num_shards, self.seed, epoch)
         return order[rank :: self.world_size][worker :: self.busy_workers].tolist()
 
     def row_share(self, rank: int, worker: int) -> tuple[int, int]:
@@ -71,5 +77,6 @@ class ShardPlan:
         if self.busy_workers < self.num_workers:
             text += f" ({self.num_workers - self.busy_workers} more would have no shard)"
         if most != least:
-            text += f"; uneven: up to {100 * (1 - self.num_shards / (most * self.world_size)):.1f} % of an epoch is spent waiting"
+            waiting = 100 * (1 - self.num_shards / (most * self.world_size))
+            text += f"; uneven: up to {waiting:.1f} % of an epoch is spent waiting"
         return text

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,6 +59,16 @@ def write_file(path: Path, data: bytes) -> None:
         raise _explain(error, path) from error
 
 
+def write_json(path: Path, value) -> None:
+    """Write a JSON file whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path):
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def remove_partial(folder: Path) -> None:
     """Remove what a dead run was writing below a folder; put an older folder back that it was replacing."""
     for path in sorted(folder.rglob(f"*{PARTIAL}")):
@@ -80,8 +91,11 @@ def torch_bytes(value) -> bytes:
 
 def sha256(path: Path) -> str:
     """Checksum of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _flush(path: Path) -> None:

@@ -2,14 +2,16 @@
 
 import io
 
+import fsspec
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
 # What decoding a broken or hostile file raises; anything else is a bug and must surface.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, RuntimeError, UnidentifiedImageError, Image.DecompressionBombError)
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, UnidentifiedImageError)
+DECODING_ERRORS += (Image.DecompressionBombError,)
 MASK_GRID = 4  # cells of the noise that random masks are made of, FINDINGS' recipe A
 
 
@@ -26,11 +28,21 @@ def decode_image(data: bytes) -> torch.Tensor:
     """
     if data[:2] == b"\xff\xd8":
         try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
         except RuntimeError:
             pass
     with Image.open(io.BytesIO(data)) as image:
-        return transforms.functional.pil_to_tensor(image.convert("RGB"))
+        return transforms.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_image(image: dict) -> torch.Tensor:
+    """Decode what `datasets` yields for an encoded image, `{"bytes", "path"}`; see `decode_image`."""
+    data = image["bytes"]
+    if data is None:
+        with fsspec.open(image["path"], "rb") as file:
+            data = file.read()
+    return decode_image(data)
 
 
 class ImageTransform:
