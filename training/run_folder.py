@@ -96,8 +96,7 @@ class RunFolder:
     def release(self) -> None:
         """Give the folder free and tidy up what only a running training needs."""
         shutil.rmtree(self.features, ignore_errors=True)
-        self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release()  # its file stays: whoever waits for it has it open
 
     def note_bad_images(self, keys: list[str]) -> None:
         """Add to the list of images that did not decode."""
