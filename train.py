@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from evaluation import EvaluationSettings, evaluate_saliency
 from publishing import publish, write_model_card
@@ -56,6 +57,7 @@ ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is repo
 def main(args: TrainingArguments) -> None:
     started = time.time()
     interruption = Interruption()
+    disable_progress_bar()  # transformers shows one for every file of weights
     accelerator = start_accelerator(args)
     folder = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()

@@ -82,14 +82,16 @@ class RunFolder:
         try:
             there = yaml.safe_load(self._settings.read_text())
             differing = [
-                name for name, value in asdict(args).items() if name not in FREE and there[name] != _plain(value)
+                name
+                for name, value in asdict(args).items()
+                if name not in FREE and there.get(name, "absent") != _plain(value)
             ]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, yaml.YAMLError, AttributeError):
             raise ValueError(f"{self._settings} cannot be read: choose another output_dir.") from None
         if differing:
             name = differing[0]
             raise ValueError(
-                f"output_dir={self.path} holds another run ({name} is {there[name]!r} there, {getattr(args, name)!r} "
+                f"output_dir={self.path} holds another run ({name} is {there.get(name, 'absent')!r} there, {getattr(args, name)!r} "
                 "here): choose another output_dir, or delete that one."
             )
 
