@@ -75,15 +75,15 @@ def score_cam_contenders(network: str) -> dict[str, Callable]:
     }
 
 
-def take_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of every contender in every round, after one round that does not count."""
+def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of every contender in every round after those of `warm_up`."""
     names, seconds = list(contenders), {name: [] for name in contenders}
-    for index in range(rounds + 1):
+    for index in range(warm_up + rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter(), time.process_time()
             contenders[name]()
-            if index:
+            if index >= warm_up:
                 seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return seconds
 
@@ -143,9 +143,9 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     for network in options.networks:
-        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds)
+        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
         report("grad_cam", network, seconds, options)
-        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds)
+        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds, warm_up=0)  # hundreds of passes
         report("score_cam", network, seconds, options)
         print(
             f"\nscore_cam, {network}: correlation of the bfloat16 maps with the float32 ones {correlation(network):.5f}"

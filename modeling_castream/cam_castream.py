@@ -93,8 +93,8 @@ def eigen_cam(feature_map: torch.Tensor) -> torch.Tensor:
 def attention_terms(direction: torch.Tensor, feature_map: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
     """The terms of logit_c = bias + sum_p a(p) v_c . F(p).
 
-    With layers between pooling and linear classifier, v_c is W_L^T times the gradient at the pooled vector, and the terms
-    add up to the logit's linearization there.
+    With layers between pooling and linear classifier, v_c is W_L^T times the gradient at the pooled vector, and the
+    terms add up to the logit's linearization there.
 
     Args:
         direction: v_c = W_L^T w_c, (batch_size, num_channels).
