@@ -46,12 +46,12 @@ def read_json(path: Path) -> dict | None:
 def _backbone_name(config: dict) -> str:
     backbone = config.get("backbone_config") or {}
     kind, name = backbone.get("model_type", "unknown"), backbone.get("backbone")
-    return f"timm's {name}" if name else f"A {kind}"
+    return f"timm's {name}" if name else kind
 
 
 def _facts(config: dict, model_dir: Path, base_model: list[str]) -> list[tuple[str, str]]:
     """Rows of the card's table about the architecture."""
-    facts = [("Backbone", ", ".join(base_model) or _backbone_name(config).removeprefix("A "))]
+    facts = [("Backbone", ", ".join(base_model) or _backbone_name(config))]
     facts.append(("Classes", str(len(config.get("id2label") or {}) or 2)))
     facts.append(("Stream", f"{config.get('variant')}, reading {', '.join(config.get('stream_layers') or [])}"))
     facts.append(("Heads, queries", f"{config.get('num_attention_heads')}, {config.get('query')}"))
@@ -110,7 +110,12 @@ def render_model_card(
         model_name=name if eval_results else None,
         eval_results=eval_results,
     )
-    figures = sorted((model_dir / "figures").glob("*.png"), key=lambda path: (path.name not in CAPTIONS, path.name))
+    order = [*CAPTIONS]
+    rank = {
+        path: order.index(path.name) if path.name in CAPTIONS else len(order)
+        for path in model_dir.glob("figures/*.png")
+    }
+    figures = sorted(rank, key=lambda path: (rank[path], path.name))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
