@@ -17,10 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from evaluation import EvaluationSettings, evaluate_saliency
 from publishing import publish, write_model_card
 from training.arguments import TrainingArguments, parse_arguments
+from training.average_precision import score_held_out
 from training.data import ReaderSettings, StreamLoader
 from training.dataset import Split, open_split
 from training.ema import Ema
@@ -44,7 +46,7 @@ from training.run_folder import RunFolder
 from training.schedules import learning_rate
 from training.sharding import ShardPlan
 from training.steps import backward, take, to_device, total
-from training.storage import read_json
+from training.storage import read_json, write_json
 from training.transforms import ImageTransform
 from training.watching import Watch, check_loss, note_bad_images
 
@@ -55,6 +57,7 @@ ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is repo
 def main(args: TrainingArguments) -> None:
     started = time.time()
     interruption = Interruption()
+    disable_progress_bar()  # transformers shows one for every file of weights
     accelerator = start_accelerator(args)
     folder = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -274,6 +277,13 @@ def watch_images(accelerator, objective, held_out: HeldOut | None, image_process
 
 def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_out: HeldOut) -> None:
     """GAP and CA side by side on held-out images."""
+    if held_out.split.multi_label:
+        objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
+        transform = ImageTransform(image_processor, "none")
+        scores = score_held_out(accelerator, objective, held_out, transform, args.batch_size)
+        accelerator.print("mean average precision: GAP {gap:.2f}, CA {ca:.2f}, on {images} images".format(**scores))
+        if accelerator.is_main_process:
+            write_json(folder.path / "mean_average_precision.json", scores)
     masks = ("mask_share", "pointing_game") if held_out.has_masks else ()
     settings = EvaluationSettings(
         methods=tuple(args.evaluation_methods),

@@ -34,6 +34,29 @@ class Split:
     num_rows: int | None
     unsplittable: bool
 
+    def class_ids(self, row: dict, key: str, num_labels: int | None = None) -> list[int]:
+        """Class ids of a row, one unless `multi_label`.
+
+        Args:
+            key: of the row, for messages.
+            num_labels: classes of the model; None: whatever the dataset says.
+
+        Raises:
+            ValueError: on a label that is no class of the dataset or the model.
+        """
+        value = row[self.label_column]
+        values = value if self.multi_label else [value]
+        ids = []
+        for entry in values if isinstance(values, (list, tuple)) else [values]:
+            if isinstance(entry, str) and not entry.isdigit():
+                entry = self.class_names.index(entry) if entry in (self.class_names or ()) else entry
+            if not isinstance(entry, int) and not str(entry).isdigit():
+                raise ValueError(f"label {entry!r} of sample {key} is not a class: name the classes as class_names")
+            if num_labels is not None and not 0 <= int(entry) < num_labels:
+                raise ValueError(f"label {entry} of sample {key} is outside 0..{num_labels - 1}")
+            ids.append(int(entry))
+        return ids
+
 
 def open_split(args: TrainingArguments, split: str, model_classes: int | None = None) -> Split:
     """Open one split of the run's dataset.
@@ -64,6 +87,7 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
         stream = stream.reshard()
     row = next(iter(stream))
     names, multi_label = _classes(features, label_column)
+    names = list(args.class_names) if args.class_names else names
     only_paths = row[image_column].get("bytes") is None and stream.num_shards == 1
     return Split(
         stream, image_column, label_column, names, multi_label, _count(available, split, files, only_paths), only_paths
@@ -84,7 +108,9 @@ def _resolve(args: TrainingArguments) -> tuple[str, dict]:
         files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
         if files:
             return builder, {"data_files": _by_split(files, folder, args)}
-    return "imagefolder", {"data_dir": str(folder)}
+    splits = {split: folder / split for split in (args.train_split, args.validation_split) if split}
+    found = {split: str(path / "**") for split, path in splits.items() if path.is_dir()}
+    return "imagefolder", {"data_files": found} if found else {"data_dir": str(folder)}
 
 
 def _by_split(files: list[str], folder: Path, args: TrainingArguments) -> dict[str, list[str]]:

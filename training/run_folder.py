@@ -80,24 +80,21 @@ class RunFolder:
                 raise ValueError(f"output_dir={self.path} holds something else ({strangers[0]}): choose another one.")
             return
         try:
-            there = yaml.safe_load(self._settings.read_text())
-            differing = [
-                name for name, value in asdict(args).items() if name not in FREE and there[name] != _plain(value)
-            ]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            there = dict(yaml.safe_load(self._settings.read_text()))
+        except (OSError, yaml.YAMLError, TypeError, ValueError):
             raise ValueError(f"{self._settings} cannot be read: choose another output_dir.") from None
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"output_dir={self.path} holds another run ({name} is {there[name]!r} there, {getattr(args, name)!r} "
-                "here): choose another output_dir, or delete that one."
-            )
+        for name, value in asdict(args).items():
+            found = there.get(name, "absent")
+            if name not in FREE and found != _plain(value):
+                raise ValueError(
+                    f"output_dir={self.path} holds another run ({name} is {found!r} there, {value!r} here): choose "
+                    "another output_dir, or delete that one."
+                )
 
     def release(self) -> None:
         """Give the folder free and tidy up what only a running training needs."""
         shutil.rmtree(self.features, ignore_errors=True)
-        self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release()  # its file stays: whoever waits for it has it open
 
     def note_bad_images(self, keys: list[str]) -> None:
         """Add to the list of images that did not decode."""
