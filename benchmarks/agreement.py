@@ -13,17 +13,18 @@ from functools import partial
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from benchmarks.networks import NETWORKS, images, pooled_layer
+from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, LogProbability, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
 
-HEAVY_SIZE = 96  # pixels of the images of methods that pass each channel through the network
+HEAVY_SIZE = 64  # pixels of the images of methods that pass each channel through the network
 LOW = {"upsample": False}
 SIGNED = {"upsample": False, "relu": False, "normalize": False}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One comparison.
 
@@ -122,8 +123,11 @@ def difference(row: Row, model: nn.Module, pixel_values: torch.Tensor, target: l
         for part in (peer_model.classifier.weight, peer_model.classifier.bias):
             part.mul_(row.scale)
         ours_model = copy.deepcopy(peer_model)
-    theirs = row.run(Logits(peer_model, pooling), pooled_layer(peer_model), pixel_values, target)
-    ours = explain(ours_model, pixel_values, target, row.method, pooling, **row.options)
+    name, layer = -1, pooled_layer(peer_model)
+    if row.method == "score_cam":
+        name, layer = masking_layer(peer_model)
+    theirs = row.run(Logits(peer_model, pooling), layer, pixel_values, target)
+    ours = explain(ours_model, pixel_values, target, row.method, pooling, layer=name, **row.options)
     if row.rescaled:
         low, high = ours.amin((1, 2), keepdim=True), ours.amax((1, 2), keepdim=True)
         ours = (ours - low) / (high - low).clamp_min(1e-7)
@@ -138,23 +142,35 @@ def main() -> None:
         "--no-heavy", action="store_true", help="skip methods that pass each channel through the network"
     )
     options = parser.parse_args()
-    print("| network | pooling | peer | called with | ours | largest difference | same definition |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    rows = [row for row in ROWS if not (row.heavy and options.no_heavy)]
+    found = {}
     for name in options.networks:
         model = NETWORKS[name]()
-        for row in ROWS:
-            if row.heavy and options.no_heavy:
-                continue
+        for row in tqdm(rows, desc=name):
             pixel_values = images(1, HEAVY_SIZE) if row.heavy else images(options.images)
             for pooling in row.poolings:
                 with torch.no_grad():
                     target = model(pixel_values, pooling=pooling).logits.argmax(-1).tolist()
-                found = difference(row, model, pixel_values, target, pooling)
-                same = "yes" if not row.why else f"no: {row.why}"
-                print(
-                    f"| {name} | {pooling} | {row.peer} | {row.setting} | {row.method} | {found:.1e} | {same} |",
-                    flush=True,
-                )
+                found[row, name, pooling] = difference(row, model, pixel_values, target, pooling)
+    print_table(rows, options.networks, found)
+
+
+def print_table(rows: list[Row], networks: list[str], found: dict[tuple, float]) -> None:
+    """One line per comparison, one column per network and pooling."""
+    columns = [(name, pooling) for name in networks for pooling in ("ca", "gap")]
+    heads = [
+        "peer",
+        "called with",
+        "ours",
+        *(f"{name}, {pooling.upper()}" for name, pooling in columns),
+        "same definition",
+    ]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for row in rows:
+        differences = [found.get((row, *column)) for column in columns]
+        shown = ["" if one is None else f"{one:.0e}" for one in differences]
+        same = f"no: {row.why}" if row.why else "yes"
+        print("| " + " | ".join([row.peer, row.setting, row.method, *shown, same]) + " |")
 
 
 if __name__ == "__main__":

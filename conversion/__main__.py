@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.utils import logging
 
@@ -104,8 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         print(arguments.run(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, StrictDataclassError) as error:
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else error  # a config wraps what is wrong
+        print(f"error: {' '.join(str(cause or error).split())}", file=sys.stderr)
         return 2
     return 0
 

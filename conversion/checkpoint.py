@@ -1,5 +1,6 @@
 """Reading weight files without running what is in them."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError... by where a file is damaged
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise ValueError(
                 f"{path} needs pickle code to load, which could do anything: convert its state_dict, saved alone."
             ) from None

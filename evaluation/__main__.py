@@ -58,11 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
     add("--seed", type=int, default=defaults.seed, help="of controls and intervals; default: %(default)s")
     add("--autocast", choices=AUTOCASTS, default=defaults.autocast, help="backbone's precision; default: %(default)s")
-    add("--config-name", help="the dataset's configuration")
-    add("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
-    for role in ("image", "label", "mask", "id"):
-        add(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
+    _add_dataset_options(parser)
     return parser
+
+
+def _add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """Options for datasets whose name alone does not say it all."""
+    parser.add_argument("--config-name", help="the dataset's configuration")
+    parser.add_argument("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
+    for role in ("image", "label", "mask", "id"):
+        parser.add_argument(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
 
 
 def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:

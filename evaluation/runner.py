@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from modeling_castream.features_castream import evaluating
+
 from .controls import fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
@@ -32,6 +34,7 @@ def evaluate_saliency(
     accelerator: Accelerator | None = None,
     *,
     model_name: str | None = None,
+    dataset_name: str | None = None,
 ) -> Report:
     """Evaluate a model's saliency maps. The model's mode and gradients are left as they were.
 
@@ -44,7 +47,7 @@ def evaluate_saliency(
         settings: what to evaluate.
         output_dir: where to write the report. A killed run with the same model, examples and settings goes on there.
         accelerator: an `accelerate.Accelerator`; None makes one.
-        model_name: for the report; None takes the one the model was loaded from.
+        model_name, dataset_name: for the report; None takes what the model was loaded from, and what the examples say.
 
     Returns:
         The report, the same on all processes.
@@ -56,16 +59,11 @@ def evaluate_saliency(
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
-    examples = read_examples(examples, label2id=model.config.label2id)
-    name = model_name or model.config.name_or_path or type(model).__name__
+    examples = read_examples(examples, dataset_name, label2id=model.config.label2id)
     store = _open_store(output_dir, settings, model, examples, accelerator)
     run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
-    report = run.report(name)
-    if store is not None:
-        if accelerator.is_main_process:
-            report.write(output_dir)
-            store.finish()
-        accelerator.wait_for_everyone()
+    report = run.report(model_name or model.config.name_or_path or type(model).__name__)
+    run.write(report)
     return report
 
 
@@ -104,6 +102,15 @@ class _Run:
         return Report(
             self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
         )
+
+    def write(self, report: Report) -> None:
+        """Write the report, then remove the parts it was made of; by one process, while the others wait."""
+        if self.store is None:
+            return
+        if self.accelerator.is_main_process:
+            report.write(self.store.folder)
+            self.store.finish()
+        self.accelerator.wait_for_everyone()
 
     def _scorer(self, temperature: float | None) -> Scorer:
         return Scorer(self.model, self.settings, self.preprocessor.mean, self.preprocessor.std, temperature)
@@ -232,9 +239,10 @@ class _Run:
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:
-                features = scorer.features(block.pixel_values.to(self.model.device))
-                logits.append(scorer.logits(features, "gap").cpu())
-                confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
+                with evaluating(self.model):
+                    features = scorer.features(block.pixel_values.to(self.model.device))
+                    logits.append(scorer.logits(features)["gap"].cpu())
+                    confidence.append(scorer.probabilities(features)["ca"].amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
             self.store.write_value("temperature", temperature)

@@ -9,7 +9,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 from .configuration_castream import POOLINGS
-from .overlay_castream import Box, blend, to_original, visible_box
+from .overlay_castream import Box, blend, color_map, to_original, visible_box
 from .saliency_castream import METHODS, explain_features, extract, resolve_layer, resolve_target, upsample_maps
 
 _MOST_REMEMBERED_SIZES = 256
@@ -34,6 +34,7 @@ class ImageExplanationPipeline(Pipeline):
     _load_image_processor = True
     _load_feature_extractor = False
     _load_tokenizer = False
+    color_map = staticmethod(color_map)
 
     def __init__(self, *args, **kwargs):
         self._boxes: dict[tuple[int, int], Box] = {}

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, BaseImageProcessor
 
-from modeling_castream import CAStreamForImageClassification
+from modeling_castream import CAStreamForImageClassification, CAStreamImageProcessor
 
 from .card import read_json, write_model_card
 from .figure import draw_example
@@ -89,6 +89,20 @@ def load_model(model_dir: Path) -> CAStreamForImageClassification:
     return model.eval()
 
 
+def load_image_processor(folder: Path) -> BaseImageProcessor:
+    """The image processor in a folder, by this package's class where it is one of ours.
+
+    Raises:
+        ValueError: where it does not load.
+    """
+    try:
+        saved = read_json(folder / "preprocessor_config.json")
+        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
+        return (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(folder, local_files_only=True)
+    except OSError as error:
+        raise ValueError(f"{folder}'s image processor does not load: {' '.join(str(error).split())}") from error
+
+
 def fingerprint(model: torch.nn.Module) -> str:
     """The digest of a model's weights by which results.json says whose results it holds."""
     digest = hashlib.sha256()
@@ -149,7 +163,7 @@ def assemble(publication: Publication, folder: Path, max_shard_size: str = "5GB"
     model = load_model(model_dir)
     results = read_results(publication, fingerprint(model))
     recipe = read_json(model_dir / "recipe.json")
-    image_processor = AutoImageProcessor.from_pretrained(model_dir, local_files_only=True)
+    image_processor = load_image_processor(model_dir)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     image_processor.save_pretrained(folder)
     _collect_figures(publication, folder, model, image_processor)

@@ -31,7 +31,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     AutoConfig.from_pretrained(folder, **remote)
     AutoModel.from_pretrained(folder, **remote)
     model = AutoModelForImageClassification.from_pretrained(folder, **remote)
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(folder, **remote)
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     found = {"pixel_values": pixel_values}
     with torch.no_grad():

@@ -21,7 +21,7 @@ class Published:
         difference: largest relative difference between the model and the folder loaded in a fresh process.
         url: page of the commit or pull request; of a dry run, the folder.
         commit: its id, None for a dry run.
-        space_url: page of the Space, if one was asked for.
+        space_url: page of the Space, or its folder, if one was asked for.
     """
 
     files: list[tuple[str, int]]
@@ -85,7 +85,7 @@ def publish(
                 write_space(space_dir, repo_id, None)
                 _move(space_dir, space_folder(dry_run))
             _move(folder, Path(dry_run))
-            return Published(files, difference, str(dry_run))
+            return Published(files, difference, str(dry_run), space_url=str(space_folder(dry_run)) if space else None)
         commit = upload(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
         if space:
             write_space(space_dir, repo_id, commit.oid)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 APP = Path(__file__).parent.parent / "app"
 # Packages the page needs; the Space brings gradio itself, at the version that its front matter names.
-REQUIREMENTS = ("torch", "torchvision", "transformers", "timm", "pillow")
+REQUIREMENTS = ("torch", "torchvision", "transformers", "timm")
 TESTED_GRADIO = "6.31.0"
 README = """---
 title: {title}
@@ -23,7 +23,7 @@ pinned: false
 ---
 
 Explains what [{model}](https://huggingface.co/{model}) saw in your image. Made with castream; duplicate it and change
-`model.json` to show a model of your own.
+`model.json` to show a model of your own. A private model needs a token, as the Space's secret `HF_TOKEN`.
 """
 
 

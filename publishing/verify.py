@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor
 
 from modeling_castream import CAStreamForImageClassification
+
+from .folder import load_image_processor
 
 SCRIPT = Path(__file__).parent / "fresh_load.py"
 TOLERANCE = 1e-5
@@ -31,7 +32,7 @@ def verify(folder: Path, model: CAStreamForImageClassification) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (240, 320, 3), dtype=torch.uint8, generator=generator)
-    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    processor = load_image_processor(folder)
     pixel_values = processor(images=Image.fromarray(noise.numpy()), return_tensors="pt")["pixel_values"]
     expected = {"pixel_values": pixel_values}
     with torch.no_grad():

@@ -91,6 +91,19 @@ def test_maps_that_poolings_share_are_masked_once(monkeypatch):
     assert sum(counts) == 4 + 4  # the images, and each masked once for both poolings
 
 
+@pytest.mark.parametrize("options", [{}, {"query": "class_specific"}, {"variant": "final"}])
+def test_probabilities_are_those_of_the_models_forward_pass(options):
+    model = small_model(**options)
+    block = block_of(small_examples(3), model)
+    probabilities = (scorer := Scorer(model, EvaluationSettings(), MEAN, STD)).probabilities(
+        scorer.features(block.pixel_values)
+    )
+    for pooling in ("gap", "ca"):
+        with torch.no_grad():
+            logits = model(block.pixel_values, pooling=pooling).logits
+        assert torch.equal(probabilities[pooling], logits.softmax(-1))
+
+
 @pytest.mark.parametrize("protocol", ["reference", "stable"])
 def test_curves_take_no_more_passes_than_they_need(protocol, monkeypatch):
     model, examples = small_model(), small_examples(4)
