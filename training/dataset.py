@@ -64,7 +64,7 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
     Raises:
         ValueError: on a dataset, split or column that is not there, or a split without a row; in one line.
     """
-    name, files = _resolve(args)
+    name, files = _resolve(args, split)
     try:
         available = load_dataset(name, args.dataset_config, streaming=True, **files)
     except Exception as error:  # datasets raises a dozen kinds, with the reason in the first line
@@ -94,8 +94,8 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
     )
 
 
-def _resolve(args: TrainingArguments) -> tuple[str, dict]:
-    """The builder's name and its files for `load_dataset`."""
+def _resolve(args: TrainingArguments, split: str) -> tuple[str, dict]:
+    """The builder's name and its files for `load_dataset`, the split's only: columns may differ."""
     if args.dataset_name is None:
         folder = write_scenes(seed=args.seed, num_train=args.scenes_train, num_validation=args.scenes_validation)
         return "parquet", {"data_files": scenes_data_files(folder)}
@@ -107,20 +107,25 @@ def _resolve(args: TrainingArguments) -> tuple[str, dict]:
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
         files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
         if files:
-            return builder, {"data_files": _by_split(files, folder, args)}
-    splits = {split: folder / split for split in (args.train_split, args.validation_split) if split}
-    found = {split: str(path / "**") for split, path in splits.items() if path.is_dir()}
-    return "imagefolder", {"data_files": found} if found else {"data_dir": str(folder)}
+            return builder, {"data_files": {split: _of_split(files, folder, args, split)}}
+    if (folder / split).is_dir():
+        return "imagefolder", {"data_files": {split: str(folder / split / "**")}}
+    return "imagefolder", {"data_dir": str(folder)}
 
 
-def _by_split(files: list[str], folder: Path, args: TrainingArguments) -> dict[str, list[str]]:
-    """Files of each split, told by its name in the path below the folder; all are for training where none is."""
-    splits = {}
-    for split in filter(None, (args.train_split, args.validation_split)):
-        matching = [file for file in files if split in str(Path(file).relative_to(folder))]
-        if matching:
-            splits[split] = matching
-    return splits or {args.train_split: files}
+def _of_split(files: list[str], folder: Path, args: TrainingArguments, split: str) -> list[str]:
+    """Files of a split, told by its name in the path below the folder; all are for training where no name is found.
+
+    Raises:
+        ValueError: where files of the other split are found, and none of this one.
+    """
+    splits = [name for name in (args.train_split, args.validation_split) if name]
+    found = {name: [file for file in files if name in str(Path(file).relative_to(folder))] for name in splits}
+    if not any(found.values()) and split == args.train_split:
+        return files
+    if not found[split]:
+        raise ValueError(f"no file below {folder} has the split {split!r} in its name: set the name of the split.")
+    return found[split]
 
 
 def _first_line(error: BaseException) -> str:
