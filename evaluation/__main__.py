@@ -58,11 +58,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
     add("--seed", type=int, default=defaults.seed, help="of controls and intervals; default: %(default)s")
     add("--autocast", choices=AUTOCASTS, default=defaults.autocast, help="backbone's precision; default: %(default)s")
-    add("--config-name", help="the dataset's configuration")
-    add("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
-    for role in ("image", "label", "mask", "id"):
-        add(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
+    _add_dataset_options(parser)
     return parser
+
+
+def _add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """Options for datasets whose name alone does not say it all."""
+    parser.add_argument("--config-name", help="the dataset's configuration")
+    parser.add_argument("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
+    for role in ("image", "label", "mask", "id"):
+        parser.add_argument(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
 
 
 def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:
@@ -79,6 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
         message = " ".join(str(error).split())
         print(f"evaluation: {message}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("evaluation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -117,12 +125,16 @@ def _load_model(name: str):
         ValueError: there is none, or it is of another kind.
     """
     from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers.image_processing_utils import BaseImageProcessor
 
-    import modeling_castream  # noqa: F401 - registers the classes
+    from modeling_castream import CAStreamImageProcessor
 
     try:
         model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
-        image_processor = AutoImageProcessor.from_pretrained(name)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(name)
+        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
+        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
+        image_processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
     if model.config.model_type != "castream":

@@ -13,8 +13,10 @@ map shows. Each control takes one of these away:
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from .perturbation import upsample_saliency
 
@@ -35,8 +37,8 @@ def control_maps(name: str, indices: list[int], size: tuple[int, int], seed: int
     """
     height, width = size
     if name == "random_map":
-        generators = [torch.Generator().manual_seed((seed << 32) + index) for index in indices]
-        return torch.stack([torch.rand(height, width, generator=generator) for generator in generators])
+        noise = [np.random.default_rng((seed, index)).random((height, width), np.float32) for index in indices]
+        return torch.from_numpy(np.stack(noise))
     if name == "uniform_map":
         return torch.ones(len(indices), height, width)
     rows, columns = ((torch.arange(n) + 0.5) / n - 0.5 for n in (height, width))
@@ -84,8 +86,7 @@ def match_norm(vector: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Pooled vectors (..., num_channels) scaled to the norm of `reference` (batch_size, num_channels)."""
     if vector.ndim == 3:  # one vector a class
         reference = reference[:, None]
-    norm = vector.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(vector.dtype).tiny)
-    return vector * (reference.norm(dim=-1, keepdim=True) / norm)
+    return F.normalize(vector, dim=-1) * reference.norm(dim=-1, keepdim=True)
 
 
 def fit_temperature(mean_confidence, target: float) -> float:

@@ -5,7 +5,7 @@ it is. An image that cannot be decoded is skipped and its id kept, so that one b
 """
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,20 +126,22 @@ def open_dataset(
     except (ValueError, OSError, ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"dataset {name!r}, split {split!r} cannot be opened: {reason}") from None
-    return read_examples(dataset, name, columns, label2id)
+    title = f"{' '.join(data_files) if data_files else name} ({split})"
+    return read_examples(dataset, title, columns, label2id)
 
 
 def read_examples(
-    dataset, name: str = "examples", columns: dict[str, str] | None = None, label2id: dict[str, int] | None = None
+    dataset, name: str | None = None, columns: dict[str, str] | None = None, label2id: dict[str, int] | None = None
 ) -> Examples:
     """Examples of a `datasets` dataset, streaming or not, or of any iterable of dictionaries.
 
-    Arguments and errors as `open_dataset`.
+    Arguments and errors as `open_dataset`; `name` is for the report.
     """
     from datasets import Dataset, IterableDataset
 
     if isinstance(dataset, Examples):
         return dataset
+    name = name or "examples"
     if isinstance(dataset, IterableDataset):
         splits, split = dataset.info.splits, str(dataset.split)
         total = splits[split].num_examples if splits and split in splits else None
@@ -151,8 +153,7 @@ def read_examples(
             if type(feature).__name__ == "Image":
                 encoded = encoded.cast_column(column, type(feature)(decode=False))
         return _with_columns(encoded, decoding, name, columns, label2id, len(dataset))
-    total = len(dataset) if isinstance(dataset, (list, tuple)) else None
-    return Examples(dataset, name, total)
+    return Examples(dataset, name, len(dataset) if isinstance(dataset, Sized) else None)
 
 
 def _with_columns(dataset, features, name, columns, label2id, total) -> Examples:

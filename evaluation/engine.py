@@ -11,7 +11,8 @@ from itertools import chain
 
 import torch
 
-from modeling_castream.saliency_castream import Features, empty_maps, explain_features
+from modeling_castream.features_castream import Features, evaluating
+from modeling_castream.saliency_castream import empty_maps, explain_features
 
 from .controls import control_maps, map_area, match_area, rank_correlation, shuffled_classifier
 from .data import Block
@@ -75,7 +76,7 @@ def read_items(scorer: Scorer, block: Block) -> Items:
     settings, device = scorer.settings, scorer.model.device
     pixel_values = block.pixel_values.to(device)
     features = scorer.features(pixel_values)
-    predicted = scorer.logits(features, settings.poolings[0]).argmax(1).tolist()
+    predicted = scorer.logits(features)[settings.poolings[0]].argmax(1).tolist()
     explained = [
         labels if labels and settings.target == "label" else [predicted[place]]
         for place, labels in enumerate(block.labels)
@@ -171,8 +172,8 @@ def score_curve_ends(scorer: Scorer, items: Items) -> CurveEnds:
 
 def _score_constant(scorer: Scorer, images: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
     """Probabilities of images that are all the same: one pass of one image."""
-    features = scorer.features(images[:1])
-    return {scoring: scorer.probabilities(features, scoring)[0, target] for scoring in scorer.scorings}
+    by_scoring = scorer.probabilities(scorer.features(images[:1]))
+    return {scoring: probabilities[0, target] for scoring, probabilities in by_scoring.items()}
 
 
 def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveEnds | None) -> MapScores:
@@ -260,10 +261,11 @@ def evaluate_block(scorer: Scorer, block: Block) -> tuple[list[dict], dict]:
         The per-image rows, and the maps by `Row.map_key` of each image's first item, on the CPU.
     """
     settings = scorer.settings
-    items = read_items(scorer, block)
-    maps = compute_maps(scorer, items, block)
-    scores = score_maps(scorer, items, maps)
-    correlations = randomization_correlation(scorer, items, maps) if "randomization" in settings.controls else {}
+    with evaluating(scorer.model):
+        items = read_items(scorer, block)
+        maps = compute_maps(scorer, items, block)
+        scores = score_maps(scorer, items, maps)
+        correlations = randomization_correlation(scorer, items, maps) if "randomization" in settings.controls else {}
     rows = []
     for row in table_rows(settings):
         columns = _row_columns(row, scorer, items, scores[row.map_key], block)

@@ -60,7 +60,6 @@ def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequen
     Raises:
         ValueError: a row has another number of maps than there are columns.
     """
-    from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
     for row in rows:
@@ -70,32 +69,31 @@ def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequen
     cell, left, top, bottom = 1.5, 1.35, 0.5, 0.62  # inches
     width, height = left + cell * (len(columns) + 1) + 0.1, top + cell * aspect * len(rows) + bottom
     figure = Figure(figsize=(width, height), dpi=130)
-    grid = figure.add_gridspec(
-        len(rows),
-        len(columns) + 1,
-        left=left / width,
-        right=1 - 0.1 / width,
-        top=1 - top / height,
-        bottom=bottom / height,
-        wspace=0.04,
-        hspace=0.04,
-    )
+    edges = {"left": left / width, "right": 1 - 0.1 / width, "top": 1 - top / height, "bottom": bottom / height}
+    grid = figure.add_gridspec(len(rows), len(columns) + 1, **edges, wspace=0.04, hspace=0.04)
     for line, row in enumerate(rows):
         axes = [figure.add_subplot(grid[line, column]) for column in range(len(columns) + 1)]
         _draw_row(axes, row)
         if line == 0:
             for axis, title in zip(axes, ("input", *columns), strict=True):
                 axis.set_title(title, fontsize=9, pad=4)
-    bar = figure.add_axes(
-        (left / width + 0.25 * (1 - left / width), 0.36 / height, 0.5 * (1 - left / width), 0.1 / height)
-    )
+    share = left / width
+    bar = figure.add_axes((share + 0.25 * (1 - share), 0.36 / height, 0.5 * (1 - share), 0.1 / height))
+    outlined = any(row.mask is not None for row in rows)
+    _draw_scale(figure, bar, outlined)
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
+def _draw_scale(figure, bar, outlined: bool) -> None:
+    """The colour bar of all maps, as they look over a grey image."""
+    from matplotlib.cm import ScalarMappable
+
     figure.colorbar(
         ScalarMappable(cmap=COLOUR_MAP), cax=bar, orientation="horizontal", ticks=[0, 0.25, 0.5, 0.75, 1], alpha=OPACITY
     )
-    outline = "; outline: the object's mask" if any(row.mask is not None for row in rows) else ""
     bar.tick_params(labelsize=7, length=2, pad=1)
+    outline = "; outline: the object's mask" if outlined else ""
     bar.set_xlabel(f"saliency, each map scaled to [0, 1]{outline}", fontsize=8, labelpad=1)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
 def _draw_row(axes: Sequence, row: ExampleRow) -> None:

@@ -4,7 +4,7 @@ Source: CA-Stream, arXiv:2404.14996, table of interpretability metrics and accur
 """
 
 COLUMNS = ("average_drop", "average_gain", "average_increase", "insertion", "deletion")
-DATASET = "imagenet"
+DATASET = ("imagenet", "val")
 
 # network -> (accuracy by pooling, {(method, pooling): AD, AG, AI, I, D}), all in percent
 PUBLISHED = {
@@ -47,8 +47,13 @@ def network_name(config) -> str | None:
 
 
 def published_rows(config, dataset: str) -> tuple[str, dict, dict] | None:
-    """Network, accuracies and rows that the paper gives for this network on this dataset, None where it gives none."""
+    """Network, accuracies and rows that the paper gives for this network on this dataset, None where it gives none.
+
+    Args:
+        config: a CAStreamConfig.
+        dataset: name and split, of which the paper has ImageNet-1k's validation.
+    """
     name = network_name(config)
-    if name is None or config.num_labels != 1000 or DATASET not in dataset.lower():
+    if name is None or config.num_labels != 1000 or not all(word in dataset.lower() for word in DATASET):
         return None
     return name, *PUBLISHED[name]

@@ -9,6 +9,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from modeling_castream.features_castream import evaluating
+
 from .controls import fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
@@ -32,6 +34,7 @@ def evaluate_saliency(
     accelerator: Accelerator | None = None,
     *,
     model_name: str | None = None,
+    dataset_name: str | None = None,
 ) -> Report:
     """Evaluate a model's saliency maps. The model's mode and gradients are left as they were.
 
@@ -44,7 +47,7 @@ def evaluate_saliency(
         settings: what to evaluate.
         output_dir: where to write the report. A killed run with the same model, examples and settings goes on there.
         accelerator: an `accelerate.Accelerator`; None makes one.
-        model_name: for the report; None takes the one the model was loaded from.
+        model_name, dataset_name: for the report; None takes what the model was loaded from, and what the examples say.
 
     Returns:
         The report, the same on all processes.
@@ -56,16 +59,11 @@ def evaluate_saliency(
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
-    examples = read_examples(examples, label2id=model.config.label2id)
-    name = model_name or model.config.name_or_path or type(model).__name__
+    examples = read_examples(examples, dataset_name, label2id=model.config.label2id)
     store = _open_store(output_dir, settings, model, examples, accelerator)
     run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
-    report = run.report(name)
-    if store is not None:
-        if accelerator.is_main_process:
-            report.write(output_dir)
-            store.finish()
-        accelerator.wait_for_everyone()
+    report = run.report(model_name or model.config.name_or_path or type(model).__name__)
+    run.write(report)
     return report
 
 
@@ -105,6 +103,15 @@ class _Run:
             self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
         )
 
+    def write(self, report: Report) -> None:
+        """Write the report, then remove the parts it was made of; by one process, while the others wait."""
+        if self.store is None:
+            return
+        if self.accelerator.is_main_process:
+            report.write(self.store.folder)
+            self.store.finish()
+        self.accelerator.wait_for_everyone()
+
     def _scorer(self, temperature: float | None) -> Scorer:
         return Scorer(self.model, self.settings, self.preprocessor.mean, self.preprocessor.std, temperature)
 
@@ -113,7 +120,7 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         totals = [n for n in (self.examples.total, settings.max_images) if n is not None]
         total = min(totals) if self.examples.total is not None else settings.max_images
-        done_images = sum(1 for _ in done) * settings.batch_size
+        done_images = len(done) * settings.batch_size
         bar = tqdm(
             total=total,
             initial=min(done_images, total or done_images),
@@ -121,27 +128,26 @@ class _Run:
             unit="image",
             disable=not accelerator.is_main_process,
         )
-        seen = skipped = waiting = 0
+        seen, skipped, waiting = 0, [], 0
         with bar:
             for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
                 waiting += len(rows) if number not in done else 0
                 if number % accelerator.num_processes != accelerator.process_index or number in done:
                     continue
                 block = prepare_block(number, rows, self.preprocessor, self.model.config.num_labels)
-                seen, skipped = seen + len(rows), skipped + len(block.skipped)
-                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None), block.skipped)
+                seen, skipped = seen + len(rows), skipped + block.skipped
+                self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None))
                 yield block
                 bar.update(waiting)
                 waiting = 0
             bar.update(waiting)
 
-    def _check_skipped(self, skipped: int, total: int | None, entries: list[dict]) -> None:
+    def _check_skipped(self, skipped: list[dict], total: int | None) -> None:
         """Stop once more images could not be decoded than may be left out."""
-        if total and skipped > MAX_SKIPPED_SHARE * total:
-            last = f", such as {entries[-1]['id']} ({entries[-1]['reason']})" if entries else ""
+        if total and len(skipped) > MAX_SKIPPED_SHARE * total:
             raise ValueError(
-                f"{skipped} of {total} images cannot be decoded{last}: more than 1 % would bias the result, repair the "
-                "dataset."
+                f"{len(skipped)} of {total} images cannot be decoded, such as {skipped[-1]['id']} "
+                f"({skipped[-1]['reason']}): more than 1 % would bias the result, repair the dataset."
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
@@ -177,8 +183,10 @@ class _Run:
         return {place * total // wanted for place in range(wanted)} if total > wanted else set(range(total))
 
     def _keep_examples(self, block: Block, rows: list[dict], maps: dict) -> None:
-        for place in [place for place, index in enumerate(block.indices) if index in self._picks()]:
-            index = block.indices[place]
+        picks = self._picks()
+        for place, index in enumerate(block.indices):
+            if index not in picks:
+                continue
             arrays = {
                 f"{method}|{pooling}": saliency[place].numpy()
                 for (method, pooling, matched), saliency in maps.items()
@@ -218,11 +226,11 @@ class _Run:
             raise RuntimeError(f"images were not counted exactly once: {len(indices)} in {len(part.blocks)} blocks.")
         if not indices:
             raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
-        self._check_skipped(len(part.skipped), len(indices), part.skipped)
+        self._check_skipped(part.skipped, len(indices))
 
     def _temperature(self) -> float:
         """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
-        found = self.store.read_note("temperature") if self.store is not None else None
+        found = self.store.read_value("temperature") if self.store is not None else None
         if found is not None:
             return found
         if self.examples.rows is iter(self.examples.rows):
@@ -231,12 +239,13 @@ class _Run:
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:
-                features = scorer.features(block.pixel_values.to(self.model.device))
-                logits.append(scorer.logits(features, "gap").cpu())
-                confidence.append(scorer.probabilities(features, "ca").amax(1).double().cpu())
+                with evaluating(self.model):
+                    features = scorer.features(block.pixel_values.to(self.model.device))
+                    logits.append(scorer.logits(features)["gap"].cpu())
+                    confidence.append(scorer.probabilities(features)["ca"].amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
-            self.store.write_note("temperature", temperature)
+            self.store.write_value("temperature", temperature)
         return temperature
 
     def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling_castream.saliency_castream import Features, extract
+from modeling_castream.features_castream import Features, run_backbone
 
 from .controls import match_norm
 from .settings import EvaluationSettings
@@ -47,25 +47,52 @@ class Scorer:
         self.multi_label = model.config.problem_type == "multi_label_classification"
 
     def features(self, pixel_values: torch.Tensor) -> Features:
-        """One backbone pass, under the settings' autocast."""
+        """One backbone pass, under the settings' autocast; the model must be in eval mode."""
         dtype = AUTOCAST_DTYPES.get(self.settings.autocast)
-        with torch.autocast(self.model.device.type, dtype, enabled=dtype is not None):
-            return extract(self.model, pixel_values)
+        with torch.no_grad():
+            feature_maps, cls_token = run_backbone(self.model, pixel_values.to(self.model.dtype), dtype)
+        return Features(self.model, pixel_values, feature_maps, cls_token, dtype)
 
-    def logits(self, features: Features, scoring: str) -> torch.Tensor:
-        """Logits (batch_size, num_labels), float32, under a scoring."""
-        if scoring == "gap_temperature":
-            return features.logits("gap").float() / self.temperature
-        if scoring == "ca_norm":
-            with torch.no_grad():
-                vector = match_norm(features.pool("ca").pooler_output, features.pool("gap").pooler_output)
-                return self.model.classify(vector, features.cls_token).float()
-        return features.logits(scoring).float()
+    @torch.no_grad()
+    def logits(self, features: Features) -> dict[str, torch.Tensor]:
+        """Logits (batch_size, num_labels), float32, by scoring.
 
-    def probabilities(self, features: Features, scoring: str) -> torch.Tensor:
-        """Softmax probabilities (batch_size, num_labels); for multi-label models each class's own."""
-        logits = self.logits(features, scoring)
-        return logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        Each pooling is computed once, and GAP without the attention maps that `pool_features` returns beside it.
+        """
+        model, feature_maps, cls_token = self.model, features.feature_maps, features.cls_token
+        by_scoring = {}
+        with torch.autocast(feature_maps[-1].device.type, enabled=False):
+            gap = feature_maps[-1].mean((2, 3))
+            if self._needs("gap"):
+                by_scoring["gap"] = model.classify(gap, cls_token).float()
+            if "gap_temperature" in self.scorings:
+                by_scoring["gap_temperature"] = by_scoring["gap"] / self.temperature
+            if self._needs("ca"):
+                ca, _ = model.castream.pool_features(feature_maps, "ca")
+                by_scoring["ca"] = model.classify(ca, cls_token).float()
+            if "ca_norm" in self.scorings:
+                by_scoring["ca_norm"] = model.classify(match_norm(ca, gap), cls_token).float()
+        return by_scoring
+
+    def _needs(self, pooling: str) -> bool:
+        return any(scoring.startswith(pooling) for scoring in self.scorings)
+
+    def probabilities(self, features: Features) -> dict[str, torch.Tensor]:
+        """Softmax probabilities (batch_size, num_labels) by scoring; for multi-label models each class's own.
+
+        Raises:
+            ValueError: on NaN or infinite logits.
+        """
+        by_scoring = {}
+        for scoring, logits in self.logits(features).items():
+            bad = (~logits.isfinite()).any(1).nonzero().flatten().tolist()
+            if bad:
+                raise ValueError(
+                    f"logits under {scoring} are NaN or infinite for image {bad[0]} of a batch: the weights or, under "
+                    f"autocast={self.settings.autocast!r}, the precision are broken."
+                )
+            by_scoring[scoring] = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+        return by_scoring
 
     def score(self, pixel_values: torch.Tensor, target: torch.Tensor) -> Scores:
         """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time."""
@@ -75,25 +102,14 @@ class Scorer:
             for images, classes in zip(pixel_values.split(size), target.split(size), strict=True)
         ]
         return Scores(
-            {scoring: torch.cat([part.probability[scoring] for part in parts]) for scoring in self.scorings},
-            {scoring: torch.cat([part.predicted[scoring] for part in parts]) for scoring in self.scorings},
+            {scoring: torch.cat([part.probability[scoring] for part in parts]) for scoring in parts[0].probability},
+            {scoring: torch.cat([part.predicted[scoring] for part in parts]) for scoring in parts[0].predicted},
         )
 
     def score_features(self, features: Features, target: torch.Tensor) -> Scores:
-        """Score images that went through the backbone.
-
-        Raises:
-            ValueError: on NaN or infinite logits.
-        """
+        """Score images that went through the backbone."""
         scores = Scores({}, {})
-        for scoring in self.scorings:
-            probabilities = self.probabilities(features, scoring)
-            bad = (~probabilities.isfinite()).any(1).nonzero().flatten().tolist()
-            if bad:
-                raise ValueError(
-                    f"logits under {scoring} are NaN or infinite for image {bad[0]} of a batch: the weights or, under "
-                    f"autocast={self.settings.autocast!r}, the precision are broken."
-                )
+        for scoring, probabilities in self.probabilities(features).items():
             scores.probability[scoring] = probabilities.gather(1, target[:, None])[:, 0]
             scores.predicted[scoring] = probabilities.argmax(1)
         return scores

@@ -173,12 +173,14 @@ class Store:
                 examples[int(path.stem.split("-")[1])] = dict(arrays)
         return examples
 
-    def read_note(self, name: str):
-        """A JSON value that an earlier run kept, or None."""
-        path = self.partial / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+    def read_value(self, name: str):
+        """A JSON value that an earlier run kept or wrote into its results, or None."""
+        kept, results = self.partial / f"{name}.json", self.folder / "results.json"
+        if kept.exists():
+            return json.loads(kept.read_text())
+        return json.loads(results.read_text()).get(name) if results.exists() else None
 
-    def write_note(self, name: str, value) -> None:
+    def write_value(self, name: str, value) -> None:
         """Keep a JSON value."""
         write_atomically(self.partial / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(value)))
 

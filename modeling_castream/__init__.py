@@ -5,10 +5,12 @@ folder written by `save_pretrained` carries this package's code, and loads witho
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_castream import CAStreamConfig
 from .image_processing_castream import CAStreamImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
+from .pipeline_castream import ImageExplanationPipeline
 from .saliency_castream import explain
 
 CAStreamConfig.register_for_auto_class()
@@ -18,11 +20,16 @@ CAStreamImageProcessor.register_for_auto_class()
 AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
+if "image-explanation" not in PIPELINE_REGISTRY.supported_tasks:
+    PIPELINE_REGISTRY.register_pipeline(
+        "image-explanation", ImageExplanationPipeline, pt_model=(AutoModelForImageClassification,), type="image"
+    )
 
 __all__ = [
     "CAStreamConfig",
     "CAStreamForImageClassification",
     "CAStreamImageProcessor",
     "CAStreamModel",
+    "ImageExplanationPipeline",
     "explain",
 ]

@@ -206,11 +206,14 @@ def _image_size(backbone: nn.Module) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def run_backbone(backbone: nn.Module, pixel_values: torch.Tensor, **kwargs) -> tuple[dict[str, torch.Tensor], object]:
+def run_backbone(
+    backbone: nn.Module, pixel_values: torch.Tensor, output_hidden_states: bool = False
+) -> tuple[dict[str, torch.Tensor], object]:
     """Run a backbone that `build_backbone` made.
 
     Args:
         pixel_values: (batch_size, num_channels, height, width), normalised.
+        output_hidden_states: whether the backbone returns its own hidden states, whatever its config says.
 
     Returns:
         The feature maps of its stages and captured submodules by name, channels first; and the backbone's own output.
@@ -218,7 +221,7 @@ def run_backbone(backbone: nn.Module, pixel_values: torch.Tensor, **kwargs) -> t
     captured = {}
     token = _captured.set(captured)
     try:
-        output = backbone(pixel_values, **kwargs)
+        output = backbone(pixel_values, output_hidden_states=output_hidden_states)
     finally:
         _captured.reset(token)
     feature_maps = dict(zip(backbone.out_features, output.feature_maps, strict=True)) | captured

@@ -20,6 +20,17 @@ _FAMILY_HEAD = {
 }
 
 
+def custom_pipelines() -> dict[str, dict]:
+    """What a model's config.json tells `pipeline()` about tasks whose code comes with the model."""
+    return {
+        "image-explanation": {
+            "impl": "pipeline_castream.ImageExplanationPipeline",
+            "pt": ["AutoModelForImageClassification"],
+            "type": "image",
+        }
+    }
+
+
 @strict
 class CAStreamConfig(PreTrainedConfig):
     r"""
@@ -125,6 +136,11 @@ class CAStreamConfig(PreTrainedConfig):
             "AutoModel": "modeling_castream.CAStreamModel",
             "AutoModelForImageClassification": "modeling_castream.CAStreamForImageClassification",
         }
+        self.custom_pipelines = custom_pipelines()
+
+    def to_dict(self) -> dict:
+        """As JSON holds it. `pipeline()` puts classes into `custom_pipelines` when it loads one; names go out again."""
+        return {**super().to_dict(), "custom_pipelines": custom_pipelines()}
 
     def _resolve_eps(self, layers: list[dict]) -> list[dict]:
         """Replace `eps_from`, the name of a backbone option, by that option's value."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 # Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
@@ -19,7 +20,7 @@ _LAYOUT_NODES = {
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradient, autocast or inference mode; afterwards every submodule has its own flag again.
 
     Poolers and classifiers are cheap and their gradients small: they run in the model's dtype. The tensors made inside
@@ -63,7 +64,7 @@ class Features:
         autocast_dtype: what the backbone ran under, None for no autocast.
     """
 
-    model: torch.nn.Module
+    model: nn.Module
     pixel_values: torch.Tensor
     feature_maps: tuple[torch.Tensor, ...]
     cls_token: torch.Tensor | None
@@ -93,7 +94,7 @@ class Features:
         return Features(self.model, self.pixel_values[index], feature_maps, cls_token, self.autocast_dtype)
 
 
-def extract(model: torch.nn.Module, pixel_values: torch.Tensor) -> Features:
+def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
     """Run the backbone once, for any number of explanations, under the caller's autocast if there is one.
 
     Args:
@@ -118,17 +119,17 @@ def extract(model: torch.nn.Module, pixel_values: torch.Tensor) -> Features:
 
 
 def run_backbone(
-    model: torch.nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
+    model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
-    with torch.autocast(pixel_values.device.type, autocast_dtype, enabled=autocast_dtype is not None):
+    with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)
     return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token
 
 
 def pool_and_classify(
-    model: torch.nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
+    model: nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
 ) -> Pooled:
     """The part of the forward pass that differs between poolings."""
     pooler_output, attention_maps = model.castream.pool_features(feature_maps, pooling)
@@ -145,23 +146,32 @@ def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> 
 
     q_L comes from the shallower maps and softmax does not see a shift of all scores, so a shift by s moves the pooled
     vector by W_L s (by s under global average pooling): v_c = W_L^T d logit_c / d pooler_output, which needs no
-    gradient at the map.
+    gradient at the map. With a linear classifier it is one matrix product.
 
     Returns:
         (batch_size, num_channels), float32: sum_p d logit_c / d F_L(p).
     """
+    direction = _pooled_gradients(features, target, pooling)
+    projection = features.model.castream.stream.blocks[-1].projection
+    if pooling == "gap" or type(projection) is nn.Identity:
+        return direction.float()
+    if type(projection) is nn.Linear:
+        return (direction @ projection.weight).float()
+    with torch.enable_grad():  # a linear map of another kind, e.g. with an adapter
+        origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
+        return torch.autograd.grad(projection(origin), origin, direction)[0].float()
+
+
+def _pooled_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
+    """d logit_c / d pooler_output, (batch_size, num_channels); of class-specific queries, for the target's token."""
     model = features.model
+    if type(model.classifier) is nn.Linear and not len(model.head):  # constant: the class's weights
+        return model.classifier.weight[target, -features.feature_maps[-1].shape[1] :]
     with torch.enable_grad():
         pooler_output = features.pool(pooling).pooler_output.detach().requires_grad_()
         logits = model.classify(pooler_output, features.cls_token)
-        (direction,) = torch.autograd.grad(_score(logits, target), pooler_output)
-        if direction.ndim == 3:  # class-specific: only the target's token has a gradient
-            direction = direction.sum(1)
-        if pooling == "ca":  # W_L^T v, through the module, since W_L may be absent or wrapped by an adapter
-            origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
-            projected = model.castream.stream.blocks[-1].projection(origin)
-            (direction,) = torch.autograd.grad(projected, origin, direction)
-    return direction.float()
+        (gradients,) = torch.autograd.grad(_score(logits, target), pooler_output)
+    return gradients.sum(1) if gradients.ndim == 3 else gradients
 
 
 def pooled_map_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:

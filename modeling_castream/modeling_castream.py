@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import selected_hidden_states
 
 from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
 from .configuration_castream import POOLINGS, CAStreamConfig
@@ -209,6 +210,17 @@ class CAStreamPreTrainedModel(PreTrainedModel):
         return self
 
 
+def select_hidden_states(
+    feature_maps: tuple[torch.Tensor, ...], output_hidden_states: bool | int | list[int]
+) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for, as in transformers' models: all, none, or those at the given indices."""
+    selected = selected_hidden_states(output_hidden_states)
+    if selected is None:
+        return feature_maps if output_hidden_states else None
+    kept = {index % len(feature_maps) for index in selected}
+    return tuple(feature_map if index in kept else None for index, feature_map in enumerate(feature_maps))
+
+
 class CAStreamModel(CAStreamPreTrainedModel):
     """A backbone, what lies between its last feature map and the pooling, and the stream.
 
@@ -289,7 +301,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         pooling: str | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> CAStreamModelOutput:
         """Pool a batch of images; see [`CAStreamModelOutput`].
@@ -297,7 +309,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
         Args:
             pixel_values: (batch_size, num_channels, height, width), normalised.
             pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
-            output_hidden_states: whether to return the feature maps that the blocks read.
+            output_hidden_states: whether to return the feature maps that the blocks read, or the indices of those to
+                return, with None in place of the others.
         """
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -308,7 +321,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
             pooler_output=pooler_output,
             attention_maps=attention_maps,
             cls_token=cls_token,
-            hidden_states=feature_maps if output_hidden_states else None,
+            hidden_states=select_hidden_states(feature_maps, output_hidden_states),
         )
 
 
@@ -331,6 +344,16 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
     def frozen_modules(self) -> list[nn.Module]:
         return self.castream.frozen_modules() + ([self.head, self.classifier] if self.config.freeze_classifier else [])
 
+    def explainer(self, image_processor):
+        """The image-explanation pipeline of this very model, for images as `image_processor` prepares them.
+
+        Saving, and loading with `trust_remote_code=True`, carry along whatever the model's code imports: this import
+        brings the pipeline into every saved folder.
+        """
+        from .pipeline_castream import ImageExplanationPipeline  # here, since importing pipelines takes a second
+
+        return ImageExplanationPipeline(model=self, image_processor=image_processor)
+
     def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""
         features = self.head(pooler_output)
@@ -348,7 +371,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         pooling: str | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         **kwargs,
     ) -> CAStreamImageClassifierOutput:
         """Classify a batch of images; see [`CAStreamImageClassifierOutput`].
@@ -357,7 +380,8 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), normalised.
             labels: class ids (batch_size,), or 0/1 floats (batch_size, num_labels) for multi-label problems.
             pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
-            output_hidden_states: whether to return the feature maps that the blocks read.
+            output_hidden_states: whether to return the feature maps that the blocks read, or the indices of those to
+                return, with None in place of the others.
         """
         outputs = self.castream(pixel_values, pooling=pooling, output_hidden_states=output_hidden_states)
         logits = self.classify(outputs.pooler_output, outputs.cls_token)

@@ -61,7 +61,7 @@ def explain(
     upsample: bool = True,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Saliency maps of a batch of images. The model is left exactly as it was.
@@ -83,7 +83,8 @@ def explain(
         upsample: whether maps get the images' size, or keep that of the layer.
         image_mean, image_std: for `"score_cam"`, those of the image processor: channels then mask the image in [0, 1],
             as in the paper. None: they mask `pixel_values`, so that what is masked fades to the mean colour, not black.
-        chunk_size: for `"score_cam"` and `"ablation_cam"`, the masked images or maps to run at a time.
+        chunk_size: for `"score_cam"` and `"ablation_cam"`, the masked images or maps to run at a time;
+            None: what suits the device.
         autocast_dtype: for `"score_cam"`, the dtype of the backbone's passes over masked images, e.g. torch.bfloat16.
 
     Returns:
@@ -135,7 +136,7 @@ def explain_features(
     normalize: bool = True,
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> torch.Tensor | dict[str, torch.Tensor]:
     """Saliency maps at the target layer's resolution, from features that methods and poolings share.
@@ -160,7 +161,7 @@ def explain_features(
     index = resolve_layer(model.config, layer)
     if method in _POOLED_LAYER_ONLY and index != len(features.feature_maps) - 1:
         raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
-    if chunk_size < 1:
+    if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
         targets = {name: resolve_target(model.config, target, features.logits(name)) for name in poolings}
@@ -245,7 +246,7 @@ def _class_id(config, entry: int | str) -> int:
 
 
 def _raw_maps(
-    features: Features, target: torch.Tensor, method: str, pooling: str, layer: int, chunk_size: int
+    features: Features, target: torch.Tensor, method: str, pooling: str, layer: int, chunk_size: int | None
 ) -> torch.Tensor:
     """Signed maps before ReLU and scaling: (batch_size, [num_targets,] height_l, width_l), float32."""
     if target.ndim == 2:

@@ -1,0 +1,86 @@
+"""A page on which anyone sees what an image classifier with a CA-Stream looks at.
+
+    python app/app.py --model DIR
+
+runs it on this machine alone. In a Space, model.json beside this file names the model.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+# Asked for before gradio is imported: no statistics are sent anywhere.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+HERE = Path(__file__).parent
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", metavar="DIR_OR_ID", help="model folder or Hub id; default: what model.json beside the app names")
+    add("--revision", help="commit, branch or tag of a Hub id")
+    add("--port", type=int, help="default: the first free one from 7860 on")
+    return parser
+
+
+def choose_model(model: str | None, revision: str | None) -> tuple[str, str | None]:
+    """The model to show, and its revision.
+
+    Raises:
+        ValueError: where none is named.
+    """
+    if model is not None:
+        return model, revision
+    path = HERE / "model.json"
+    if not path.is_file():
+        raise ValueError("no model: give --model DIR, a folder with a CAStream model, or a Hub id.")
+    chosen = json.loads(path.read_text(encoding="utf-8"))
+    return chosen["model"], revision or chosen.get("revision")
+
+
+def load(model: str, revision: str | None):
+    """The pipeline and the page's title.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    from transformers import pipeline
+
+    if not os.path.isdir(model) and (os.path.isabs(model) or model.count("/") != 1):
+        raise ValueError(f"no model: {model} is neither a folder nor a Hub id USER/NAME.")
+    try:
+        pipe = pipeline("image-explanation", model=model, revision=revision, trust_remote_code=True)
+    except Exception as error:  # whatever remote code, network or files may raise
+        raise ValueError(f"{model} does not load: {' '.join(str(error).split())}") from error
+    return pipe, Path(model).resolve().name if os.path.isdir(model) else model
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the page until it is interrupted; returns the exit status."""
+    options = build_parser().parse_args(arguments)
+    try:
+        pipe, title = load(*choose_model(options.model, options.revision))
+    except ValueError as error:
+        print(f"app: {error}", file=sys.stderr)
+        return 1
+    from explanation import Explainer
+    from page import LARGEST_UPLOAD, MOST_SESSIONS, THEME, build_page
+
+    page = build_page(Explainer(pipe), title)
+    page.queue(default_concurrency_limit=2, max_size=64).launch(
+        server_port=options.port,
+        max_file_size=LARGEST_UPLOAD,
+        state_session_capacity=MOST_SESSIONS,
+        footer_links=[],
+        theme=THEME,
+        css_paths=[HERE / "page.css"],
+        share=False,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,138 @@
+"""What the page computes: the classes of a photo, maps for one of them, and what is left of its probability."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+METHODS = {"attention_cam": "Attention-CAM", "grad_cam": "Grad-CAM", "grad_cam_plus_plus": "Grad-CAM++"}
+POOLINGS = {"gap": "GAP", "ca": "CA"}
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+MOST_PIXELS = 40_000_000
+LARGEST_SIDE = 512
+MOST_ELONGATED = 20
+
+
+class NoPhoto(ValueError):
+    """What was given is not a picture that this page explains. The message is for the visitor."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """One saliency map of the photo.
+
+    Args:
+        title: method, or depth.
+        pooling: `"gap"` or `"ca"`.
+        saliency: (height, width) of the photo, uint8, 255 being 1.
+        before: probability of the class for the photo, in [0, 1]; None for maps that are no class's.
+        after: the same for the photo multiplied by the map.
+    """
+
+    title: str
+    pooling: str
+    saliency: np.ndarray
+    before: float | None = None
+    after: float | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything the page shows about one photo and class.
+
+    Args:
+        photo: RGB.
+        label: the class.
+        box: left, top, right, bottom of the part that the model saw, in pixels of the photo.
+        maps: one per method and pooling.
+        attention: raw attention, one map per depth, shallow to deep.
+        attention_title: what raw attention is of.
+    """
+
+    photo: Image.Image
+    label: str
+    box: tuple[float, float, float, float]
+    maps: list[Map]
+    attention: list[Map]
+    attention_title: str
+
+
+def open_photo(path: str) -> Image.Image:
+    """Read an uploaded file as an RGB picture, upright and small enough to explain quickly.
+
+    Raises:
+        NoPhoto: where the file is no image, a broken one, or one of extreme size or shape.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise NoPhoto(f"This image has {width} x {height} pixels. Please give one of at most 40 megapixels.")
+            if max(width, height) > MOST_ELONGATED * min(width, height):
+                raise NoPhoto(f"This image is {width} x {height} pixels, too thin to be explained.")
+            image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))
+            photo = ImageOps.exif_transpose(image).convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError):
+        raise NoPhoto("This file is not an image that can be read. Please give a JPEG, PNG or WebP picture.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, NoPhoto):
+            raise
+        raise NoPhoto("This image is damaged: it cannot be decoded.") from None
+    photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    return photo
+
+
+class Explainer:
+    """The model behind the page. It keeps nothing of a photo, so that any number of visitors may share it.
+
+    Args:
+        pipe: an image-explanation pipeline.
+    """
+
+    def __init__(self, pipe):
+        self.pipe = pipe
+        self.colors = pipe.color_map()
+        self.depths = list(pipe.model.config.stream_layers)
+        agnostic = pipe.model.config.query == "class_agnostic"
+        self.attention_title = "Raw attention, the same for every class" if agnostic else "Raw attention"
+        blank = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE))
+        self.explain(blank, self.classes(blank, top_k=1)[0][0])  # the first pass is slow: not a visitor's
+
+    def classes(self, photo: Image.Image, top_k: int = 5) -> list[tuple[str, float]]:
+        """The most likely classes and their probabilities under the model's own pooling."""
+        answers = self.pipe(photo, method="raw_attention", top_k=top_k)
+        return [(answer["label"], answer["score"]) for answer in answers]
+
+    def explain(self, photo: Image.Image, label: str) -> Explanation:
+        """All maps for one class."""
+        answers = self.pipe(photo, method=list(METHODS), pooling=list(POOLINGS), target=[label])
+        attention = self.pipe(photo, method="raw_attention", layer="all", pooling="ca", target=[label])
+        after = self._probabilities_of_masked(photo, answers)
+        maps = [
+            Map(METHODS[answer["method"]], answer["pooling"], _to_bytes(answer["saliency"]), answer["score"], left)
+            for answer, left in zip(answers, after, strict=True)
+        ]
+        depths = [Map(answer["layer"], "ca", _to_bytes(answer["saliency"])) for answer in attention]
+        return Explanation(photo, label, answers[0]["box"], maps, depths, self.attention_title)
+
+    def _probabilities_of_masked(self, photo: Image.Image, answers: list[dict]) -> list[float]:
+        """The class's probability for photo x map, each under its map's own pooling."""
+        pixels = np.asarray(photo, dtype=np.float32)
+        masked = [
+            Image.fromarray((pixels * answer["saliency"][..., None]).round().astype(np.uint8)) for answer in answers
+        ]
+        model, target = self.pipe.model, self.pipe.model.config.label2id[answers[0]["label"]]
+        pixel_values = self.pipe.image_processor(images=masked, return_tensors="pt")["pixel_values"]
+        pixel_values = pixel_values.to(model.device, model.dtype)
+        multi_label = model.config.problem_type == "multi_label_classification"
+        with torch.no_grad():
+            logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in POOLINGS}
+        probabilities = {
+            pooling: values.sigmoid() if multi_label else values.softmax(-1) for pooling, values in logits.items()
+        }
+        return [probabilities[answer["pooling"]][index, target].item() for index, answer in enumerate(answers)]
+
+
+def _to_bytes(saliency: np.ndarray) -> np.ndarray:
+    return (saliency * 255).round().astype(np.uint8)

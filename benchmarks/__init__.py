@@ -1,0 +1,1 @@
+"""CA-Stream beside its peers, one command each."""

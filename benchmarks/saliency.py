@@ -1,0 +1,156 @@
+"""Time and memory of explanations beside the peers', in one run, on the same model and images.
+
+    python -m benchmarks.saliency [--networks ResNet-50 EfficientNet-Lite0] [--rounds 7] [--threads 2]
+
+All contenders take their turn in every round, each round in another order; figures are medians over rounds, and ratios
+the medians of the rounds' own ratios, so that a busy machine disturbs all alike. Memory is the peak of a process of its
+own.
+"""
+
+import argparse
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
+from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
+from modeling_castream import explain
+from modeling_castream.saliency_castream import explain_features, extract
+
+POOLINGS = ("gap", "ca")
+
+
+def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The plain forward pass."""
+    with torch.no_grad():
+        return model(pixel_values, pooling="ca").logits
+
+
+def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
+    """Grad-CAM of the predicted class, under "ca", as each package does it; the first one is the plain forward pass."""
+    model, pixel_values = NETWORKS[network](), images(batch_size)
+    target = forward(model, pixel_values).argmax(-1)
+    labels, frozen, layer = target.tolist(), Logits(model, "ca"), pooled_layer(model)
+    trainable = trainable_copy(model)
+    default = Logits(trainable, "ca")
+    return {
+        "forward pass": partial(forward, model, pixel_values),
+        "castream": partial(explain, model, pixel_values, target, "grad_cam", "ca"),
+        "captum": partial(captum, "LayerGradCam", frozen, layer, pixel_values, labels),
+        "torch-cam": partial(torch_cam, "GradCAM", frozen, layer, pixel_values, labels),
+        "pytorch-grad-cam": partial(
+            pytorch_grad_cam, "GradCAM", default, pooled_layer(trainable), pixel_values, labels
+        ),
+        "pytorch-grad-cam, frozen, input with gradient": lambda: pytorch_grad_cam(
+            "GradCAM", frozen, layer, pixel_values.clone().requires_grad_(), labels
+        ),
+    }
+
+
+def score_cam_contenders(network: str) -> dict[str, Callable]:
+    """Score-CAM of one image under both poolings; the peer knows no poolings, and runs twice."""
+    model, pixel_values = NETWORKS[network](), images(1)
+    target = forward(model, pixel_values).argmax(-1)
+    name, layer = masking_layer(model)
+
+    def castream(**options):
+        return explain_features(extract(model, pixel_values), target, "score_cam", POOLINGS, layer=name, **options)
+
+    def peer():
+        for pooling in POOLINGS:
+            pytorch_grad_cam("ScoreCAM", Logits(model, pooling), layer, pixel_values, target.tolist())
+
+    return {
+        "pytorch-grad-cam, two runs": peer,
+        "castream": castream,
+        "castream, bfloat16": partial(castream, autocast_dtype=torch.bfloat16),
+    }
+
+
+def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of every contender in every round after those of `warm_up`."""
+    names, seconds = list(contenders), {name: [] for name in contenders}
+    for index in range(warm_up + rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            start = time.perf_counter(), time.process_time()
+            contenders[name]()
+            if index >= warm_up:
+                seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return seconds
+
+
+def peak_of(kind: str, network: str, contender: str, batch_size: int) -> None:
+    """Run one contender once and print by how many MiB it raised the process's peak memory."""
+    contenders = grad_cam_contenders(network, batch_size) if kind == "grad_cam" else score_cam_contenders(network)
+    with open("/proc/self/statm") as pages:
+        before = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    contenders[contender]()
+    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+
+
+def measured_peak(kind: str, network: str, contender: str, options: argparse.Namespace) -> int:
+    """`peak_of` in a fresh process: MiB."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.saliency", "--threads", str(options.threads)]
+    command += ["--batch-size", str(options.batch_size), "--peak-of", kind, network, contender]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def report(kind: str, network: str, seconds: dict[str, list[tuple]], options: argparse.Namespace) -> None:
+    """Print one table; the first contender is what the others are compared with."""
+    base, *_ = seconds
+    heads = ("", "seconds", f"relative to {base}", "processor seconds, relative", "peak memory, MiB")
+    print(f"\n{kind}, {network}\n\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for name, values in seconds.items():
+        wall, processor = (
+            statistics.median(one[clock] / other[clock] for one, other in zip(values, seconds[base], strict=True))
+            for clock in (0, 1)
+        )
+        peak = "" if options.no_memory else measured_peak(kind, network, name, options)
+        median = statistics.median(value[0] for value in values)
+        print(f"| {name} | {median:.3f} | {wall:.3f} | {processor:.3f} | {peak} |", flush=True)
+
+
+def correlation(network: str) -> float:
+    """Of Score-CAM's maps in bfloat16 and float32, the lower one of both poolings."""
+    contenders = score_cam_contenders(network)
+    exact, quick = contenders["castream"](), contenders["castream, bfloat16"]()
+    pairs = [torch.stack([exact[pooling].flatten(), quick[pooling].flatten()]) for pooling in POOLINGS]
+    return min(float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--rounds", type=int, default=7, help="of Grad-CAM")
+    parser.add_argument("--score-cam-rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, default=4, help="images of Grad-CAM; Score-CAM takes one")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
+    parser.add_argument("--peak-of", nargs=3, metavar=("KIND", "NETWORK", "CONTENDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        peak_of(*options.peak_of, options.batch_size)
+        return
+    print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    for network in options.networks:
+        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
+        report("grad_cam", network, seconds, options)
+        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds, warm_up=0)  # hundreds of passes
+        report("score_cam", network, seconds, options)
+        print(
+            f"\nscore_cam, {network}: correlation of the bfloat16 maps with the float32 ones {correlation(network):.5f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

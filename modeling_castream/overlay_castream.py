@@ -1,0 +1,119 @@
+"""Saliency on a photo: where the processor's pixels come from, colours, and the blend of the two.
+
+Coordinates are in pixels of the original image, 0 at the left (top) edge of its first column (row): the first pixel's
+centre lies at 0.5. A box is (left, top, right, bottom).
+"""
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+Box = tuple[float, float, float, float]
+
+# Polynomial in the map's value, constant term first, one column a channel (red, green, blue). It follows matplotlib's
+# viridis, which rises evenly in lightness and reads the same under the common colour blindnesses.
+_VIRIDIS = (
+    (0.2777273272234177, 0.005407344544966578, 0.3340998053353061),
+    (0.1050930431085774, 1.404613529898575, 1.384590162594685),
+    (-0.3308618287255563, 0.214847559468213, 0.09509516302823659),
+    (-4.634230498983486, -5.799100973351585, -19.33244095627987),
+    (6.228269936347081, 14.17993336680509, 56.69055260068105),
+    (4.776384997670288, -13.74514537774601, -65.35303263337234),
+    (-5.435455855934631, 4.645852612178535, 26.3124352495832),
+)
+# The two ramps of the test image lean into each other, so that 8-bit rounding averages out over rows and columns.
+_MAIN, _CROSS = 239.0, 16.0
+
+
+def color_map() -> np.ndarray:
+    """(256, 3) uint8: the colour of the map values 0, 1/255, ..., 1."""
+    powers = np.linspace(0, 1, 256)[:, None] ** np.arange(len(_VIRIDIS))
+    return (255 * (powers @ np.array(_VIRIDIS)).clip(0, 1)).round().astype(np.uint8)
+
+
+def visible_box(image_processor, width: int, height: int) -> Box:
+    """The part of a `width` x `height` image that the processor passes on to the model.
+
+    The processor itself is asked, whatever it resizes, crops or pads: it is given an image whose colours spell out each
+    pixel's position, and the answer is read from what it makes of them. A processor that pads gives a box beyond the
+    image.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the original image.
+    """
+
+    def process(image: Image.Image) -> np.ndarray:
+        return np.asarray(image_processor(images=image, return_tensors="pt")["pixel_values"][0], dtype=np.float64)
+
+    dark, bright = (
+        process(Image.new("RGB", (64, 64), (value,) * 3))[:, 16:-16, 16:-16].mean((1, 2)) for value in (0, 255)
+    )
+    x, y = np.linspace(0, 1, width, dtype=np.float32), np.linspace(0, 1, height, dtype=np.float32)[:, None]
+    ramps = [(_MAIN * x + _CROSS * y).round(), (_CROSS * x + _MAIN * y).round()]
+    bands = [Image.fromarray(ramp.astype(np.uint8)) for ramp in ramps]
+    seen = process(Image.merge("RGB", [*bands, bands[0]]))
+    red, green = (255 * (seen[i] - dark[i]) / (bright[i] - dark[i]) for i in (0, 1))
+    determinant = _MAIN**2 - _CROSS**2
+    left, right = _edges((_MAIN * red - _CROSS * green) / determinant, width)
+    top, bottom = _edges(((_MAIN * green - _CROSS * red) / determinant).T, height)
+    return left, top, right, bottom
+
+
+def _edges(position: np.ndarray, size: int) -> tuple[float, float]:
+    """Where the first column of a processed image begins and the last ends, given its pixels' position in [0, 1]."""
+    if size == 1:  # all its columns show the one there is
+        return 0.0, 1.0
+    rows, columns = position.shape
+    inner = slice(columns // 4, max(columns - columns // 4, columns // 4 + 2))  # away from edges, which filters bend
+    profile = position[rows // 4 : max(rows - rows // 4, rows // 4 + 1), inner].mean(0) * (size - 1) + 0.5
+    slope, first = np.polyfit(np.arange(columns)[inner], profile, 1)
+    return float(first - slope / 2), float(first + slope * (columns - 0.5))
+
+
+def to_original(maps: torch.Tensor, box: Box, width: int, height: int) -> torch.Tensor:
+    """Put maps of a processed image back where they belong on the original.
+
+    Args:
+        maps: (num_maps, rows, columns), in the processed image's frame.
+        box: what `visible_box` returned.
+
+    Returns:
+        (num_maps, height, width): bilinear inside the box, zero outside of it, where the model saw nothing.
+    """
+    left, top, right, bottom = box
+    x = (torch.arange(width, dtype=torch.float64) + 0.5 - left) / (right - left) * 2 - 1
+    y = (torch.arange(height, dtype=torch.float64) + 0.5 - top) / (bottom - top) * 2 - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).to(maps)[None]
+    placed = F.grid_sample(maps[None], grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    inside = (y.abs() <= 1)[:, None] & (x.abs() <= 1)
+    return placed * inside.to(placed)
+
+
+def blend(image: Image.Image, saliency: np.ndarray, box: Box | None = None, alpha: float = 0.5) -> Image.Image:
+    """Lay a saliency map over its image.
+
+    Args:
+        image: RGB.
+        saliency: (height, width) in [0, 1], of the image's size.
+        box: what the model saw; outside of it the image is shown grey and dark instead of coloured.
+        alpha: opacity of the colours, 0 (the image alone) to 1.
+
+    Raises:
+        ValueError: on an opacity outside [0, 1], or a map of another size.
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must lie between 0 (image alone) and 1 (map alone), got {alpha}.")
+    if saliency.shape != (image.height, image.width):
+        raise ValueError(f"saliency must be of the image's size {(image.height, image.width)}, got {saliency.shape}.")
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    colors = color_map()[(saliency.clip(0, 1) * 255).round().astype(np.uint8)]
+    mixed = (1 - alpha) * pixels + alpha * colors
+    if box is not None:
+        x, y = np.arange(image.width) + 0.5, np.arange(image.height) + 0.5
+        unseen = (x < box[0]) | (x > box[2]) | ((y < box[1]) | (y > box[3]))[:, None]
+        mixed[unseen] = 0.5 * pixels[unseen].mean(-1, keepdims=True)
+    return Image.fromarray(mixed.round().astype(np.uint8))
+
+
+__all__ = ["blend", "color_map", "to_original", "visible_box"]

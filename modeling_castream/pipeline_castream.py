@@ -1,0 +1,189 @@
+"""`pipeline("image-explanation")`: a photo in, its top classes with a saliency map and an overlay for each out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import Pipeline
+from transformers.image_utils import load_image
+
+from .configuration_castream import POOLINGS
+from .overlay_castream import Box, blend, color_map, to_original, visible_box
+from .saliency_castream import METHODS, explain_features, extract, resolve_layer, resolve_target, upsample_maps
+
+_MOST_REMEMBERED_SIZES = 256
+
+
+class ImageExplanationPipeline(Pipeline):
+    """Explain what an image classifier with a CA-Stream saw in an image.
+
+    Example:
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> explain = pipeline("image-explanation", model="user/model", trust_remote_code=True)
+    >>> best = explain("photo.jpg", method="attention_cam")[0]
+    >>> best["label"], best["score"]
+    >>> best["overlay"].save("explained.png")
+    ```
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    color_map = staticmethod(color_map)
+
+    def __init__(self, *args, **kwargs):
+        self._boxes: dict[tuple[int, int], Box] = {}
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.model, "castream"):
+            raise ValueError(
+                f"model must be a CAStreamForImageClassification, got {type(self.model).__name__}: convert it first."
+            )
+        if self.image_processor is None:
+            raise ValueError("image_processor is missing: the model's folder has no preprocessor_config.json.")
+
+    def __call__(self, inputs, **kwargs):
+        """Explain one image, or several.
+
+        Args:
+            inputs (`str`, `PIL.Image`, or a list, dataset or generator of these):
+                A path, a URL or a picture. A generator yields its answers as they are ready.
+            method (`str` or `list[str]`, defaults to `"grad_cam"`):
+                One or more of `explain`'s methods; all share one pass through the backbone.
+            pooling (`str` or `list[str]`, *optional*):
+                `"ca"`, `"gap"`, both, or None for the model's own.
+            layer (`int` or `str`, defaults to -1):
+                Where the map is read: an index or a name out of `config.stream_layers`, or `"all"`.
+            target (`int`, `str` or a list of them, *optional*):
+                Class ids or labels to explain, instead of the most likely ones.
+            top_k (`int`, defaults to 5):
+                How many of the most likely classes to explain, as in image classification.
+            alpha (`float`, defaults to 0.5):
+                Opacity of the overlay's colours, 0 to 1.
+            timeout (`float`, *optional*):
+                Seconds to wait for a URL.
+
+        Returns:
+            One list per image of dictionaries, most likely class first (or in the order of `target`):
+
+            - **label** (`str`), **score** (`float`): the class and its probability under `pooling`.
+            - **method**, **pooling**, **layer** (`str`): what the map is.
+            - **saliency** (`np.ndarray`): (height, width) of the image given, float32 in [0, 1].
+            - **box** (`tuple`): left, top, right, bottom of the part that the model saw, in pixels. Processors that
+              crop leave out the rest: `saliency` is 0 there and says nothing about it.
+            - **overlay** (`PIL.Image`): the map over the image; grey and dark outside of `box`.
+
+        Raises:
+            ValueError: on an unknown method, pooling, layer or class, an opacity outside [0, 1], or no image.
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self, method=None, pooling=None, layer=None, target=None, top_k=None, alpha=None, timeout=None
+    ):
+        forward = {"method": method, "pooling": pooling, "layer": layer, "target": target, "top_k": top_k}
+        if method is not None:
+            forward["method"] = _several(method, METHODS, "method")
+        if pooling is not None:
+            forward["pooling"] = _several(pooling, POOLINGS, "pooling")
+        if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
+            raise ValueError(f"top_k must be a number of classes, at least 1, got {top_k!r}.")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must lie between 0 (image alone) and 1 (map alone), got {alpha}.")
+        given = [{"timeout": timeout}, forward, {"alpha": alpha}]
+        return tuple({name: value for name, value in part.items() if value is not None} for part in given)
+
+    def preprocess(self, inputs, timeout: float | None = None) -> dict:
+        image = load_image(inputs, timeout=timeout)
+        pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        return {"pixel_values": pixel_values, "image": image}
+
+    def _forward(
+        self,
+        model_inputs: dict,
+        method: Sequence[str] = ("grad_cam",),
+        pooling: Sequence[str] | None = None,
+        layer: int | str = -1,
+        target: int | str | Sequence[int | str] | None = None,
+        top_k: int = 5,
+    ) -> dict:
+        config, pixel_values = self.model.config, model_inputs["pixel_values"]
+        poolings = pooling or [config.pooling]
+        layers = range(len(config.stream_layers)) if layer == "all" else [resolve_layer(config, layer)]
+        features = extract(self.model, pixel_values)
+        targets = self._targets(features.logits(poolings[0]), target, top_k)
+        kinds, maps = [], []
+        for name in method:
+            for index in layers:
+                found = explain_features(features, targets, name, poolings, layer=index)
+                for one in poolings:
+                    kinds.append((name, one, config.stream_layers[index]))
+                    maps.append(upsample_maps(found[one], pixel_values.shape[-2:]))
+        return {
+            "image": model_inputs["image"],
+            "kinds": kinds if isinstance(model_inputs["image"], Image.Image) else [kinds] * len(targets),
+            "maps": torch.stack(maps, dim=2).float(),  # (batch_size, num_targets, num_kinds, rows, columns)
+            "targets": targets,
+            "scores": torch.stack([self._scores(features.logits(one), targets) for one in poolings], dim=2),
+        }
+
+    def postprocess(self, model_outputs: dict, alpha: float = 0.5) -> list[dict]:
+        image, kinds = model_outputs["image"], model_outputs["kinds"]
+        box = self.visible_box(image.size)
+        targets, scores = model_outputs["targets"][0].tolist(), model_outputs["scores"][0]
+        poolings = list(dict.fromkeys(pooling for _, pooling, _ in kinds))
+        answers = []
+        for target, target_scores, maps in zip(targets, scores, model_outputs["maps"][0], strict=True):
+            placed = to_original(maps, box, *image.size).numpy()
+            for (method, pooling, layer), saliency in zip(kinds, placed, strict=True):
+                answers.append(
+                    {
+                        "label": self.model.config.id2label[target],
+                        "score": target_scores[poolings.index(pooling)].item(),
+                        "method": method,
+                        "pooling": pooling,
+                        "layer": layer,
+                        "saliency": saliency,
+                        "box": tuple(np.clip(box, 0, [image.width, image.height] * 2).tolist()),
+                        "overlay": blend(image, saliency, box, alpha),
+                    }
+                )
+        return answers
+
+    def visible_box(self, size: tuple[int, int]) -> Box:
+        """What the processor shows the model of an image of this (width, height); remembered, as it takes a moment."""
+        if size not in self._boxes:
+            if len(self._boxes) >= _MOST_REMEMBERED_SIZES:
+                self._boxes.clear()
+            self._boxes[size] = visible_box(self.image_processor, *size)
+        return self._boxes[size]
+
+    def _targets(self, logits: torch.Tensor, target, top_k: int) -> torch.Tensor:
+        """Class ids (batch_size, num_targets): the given ones for every image, or each image's most likely."""
+        if target is None:
+            return logits.topk(min(top_k, logits.shape[-1])).indices
+        several = target if isinstance(target, (list, tuple)) else [target]
+        ids = [resolve_target(self.model.config, one, logits[:1]) for one in several]
+        return torch.stack(ids, dim=1).expand(len(logits), -1)
+
+    def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Probabilities of the targets: independent ones for a multi-label model, else they sum to 1 over classes."""
+        multi_label = self.model.config.problem_type == "multi_label_classification"
+        probabilities = logits.float().sigmoid() if multi_label else logits.float().softmax(-1)
+        return probabilities.gather(1, targets)
+
+
+def _several(values: str | Sequence[str], allowed: Sequence[str], name: str) -> list[str]:
+    """One or more names, as a list."""
+    values = [values] if isinstance(values, str) else list(values)
+    unknown = [value for value in values if value not in allowed]
+    if unknown or not values:
+        raise ValueError(f"{name} must be one or more of {', '.join(allowed)}, got {unknown or values}.")
+    return values
+
+
+__all__ = ["ImageExplanationPipeline"]

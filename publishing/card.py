@@ -1,0 +1,194 @@
+"""The model card: model_card.md filled with what is known of a model folder, and with nothing else."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from .results import check_results, describe_results, to_eval_results
+from .weights import count_values, fingerprint
+
+TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
+TAGS = ["castream", "interpretability", "saliency", "attention-pooling", "arxiv:2404.14996"]
+CAPTIONS = {
+    "explanation.png": "An example: the same image and class under GAP and under CA.",
+    "examples.png": "Examples: image, raw attention, and each method under GAP and under CA.",
+    "curves.png": "Insertion and deletion curves.",
+}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write JSON so that a reader never meets half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict | None:
+    """The JSON object in a file, None where there is no file.
+
+    Raises:
+        ValueError: naming the file that is not a JSON object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): make it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object: make it again.")
+    return content
+
+
+def _backbone_name(config: dict) -> str:
+    backbone = config.get("backbone_config") or {}
+    kind, name = backbone.get("model_type", "unknown"), backbone.get("backbone")
+    return f"timm's {name}" if name else kind
+
+
+def _facts(config: dict, model_dir: Path, base_model: list[str]) -> list[tuple[str, str]]:
+    """Rows of the card's table about the architecture."""
+    facts = [("Backbone", ", ".join(base_model) or _backbone_name(config))]
+    facts.append(("Classes", str(len(config.get("id2label") or {}) or 2)))
+    facts.append(("Stream", f"{config.get('variant')}, reading {', '.join(config.get('stream_layers') or [])}"))
+    facts.append(("Heads, queries", f"{config.get('num_attention_heads')}, {config.get('query')}"))
+    counts = count_values(model_dir)
+    if counts is not None:
+        facts.append(("Stored values", f"{counts[0]:,}, of which the stream {counts[1]:,}"))
+    return facts
+
+
+def _flatten(recipe: dict, prefix: str = "") -> list[tuple[str, str]]:
+    """(name, value) pairs of a nested recipe, without what is unset."""
+    rows = []
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            rows += _flatten(value, f"{prefix}{name}.")
+        elif value is not None and value != "" and value != []:
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+            rows.append((f"{prefix}{name}", text.replace("|", "\\|").replace("\n", " ")))
+    return rows
+
+
+def _known(model_dir: Path) -> dict:
+    """What an earlier card of the folder stated about origin and licence."""
+    path = model_dir / "README.md"
+    data = ModelCard.load(path).data if path.is_file() else ModelCardData()
+    base_model = data.base_model or []
+    return {
+        "base_model": [base_model] if isinstance(base_model, str) else list(base_model),
+        "license": data.license,
+        "datasets": list(data.datasets or []),
+    }
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether a README.md was made here and may be made again; one that a person wrote is left alone."""
+    return MARKER in path.read_text(encoding="utf-8")
+
+
+def render_model_card(
+    model_dir: Path, results: dict | None, recipe: dict | None, repo_id: str | None, origin: dict
+) -> ModelCard:
+    """Fill the template. `origin` has base_model and datasets (lists) and license (or None)."""
+    config = read_json(model_dir / "config.json")
+    if config is None:
+        raise ValueError(f"{model_dir} has no config.json: give the folder that save_pretrained wrote.")
+    name = (repo_id or model_dir.resolve().name).split("/")[-1]
+    eval_results = to_eval_results(results) if results else None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        license=origin["license"],
+        base_model=origin["base_model"] or None,
+        datasets=origin["datasets"] or None,
+        metrics=sorted({result.metric_type for result in eval_results}) if eval_results else None,
+        tags=TAGS,
+        model_name=name if eval_results else None,
+        eval_results=eval_results,
+    )
+    order = [*CAPTIONS]
+    rank = {
+        path: order.index(path.name) if path.name in CAPTIONS else len(order)
+        for path in model_dir.glob("figures/*.png")
+    }
+    figures = sorted(rank, key=lambda path: (rank[path], path.name))
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        marker=MARKER,
+        title=name,
+        repo_id=repo_id or name,
+        backbone=_backbone_name(config),
+        num_blocks=len(config.get("stream_layers") or [None]),
+        freeze_backbone=config.get("freeze_backbone", True),
+        facts=_facts(config, model_dir, origin["base_model"]),
+        figures=[{"path": f"figures/{path.name}", "caption": CAPTIONS.get(path.name, path.stem)} for path in figures],
+        results=describe_results(results) if results else None,
+        recipe=_flatten(recipe) if recipe else None,
+        **origin,
+    )
+
+
+def write_model_card(
+    model_dir: str | os.PathLike,
+    results: dict | None = None,
+    recipe: dict | None = None,
+    *,
+    repo_id: str | None = None,
+    base_model: str | list[str] | None = None,
+    license: str | None = None,
+    datasets: list[str] | None = None,
+) -> Path:
+    """Write a model folder's README.md from what is known of the model.
+
+    `results` and `recipe` are also kept in the folder, as results.json and recipe.json, and read from there when they
+    are not given; origin and licence are kept in the card's front matter. So a later call, `publish`'s for one, loses
+    nothing.
+    A README.md that was not made here is left as it is.
+
+    Args:
+        model_dir: folder with a CAStream config.json; pictures in its `figures/` are shown.
+        results: content of the evaluation's results.json for this very model; without any, the card says that
+            nothing was measured.
+        recipe: settings of the training run, name -> value, nested or not; None values are left out.
+        repo_id: Hub id that the card's examples name; None: the folder's name.
+        base_model: Hub id(s) of the pretrained classifier.
+        license: licence of the backbone's weights, as the Hub spells it (`apache-2.0`).
+        datasets: Hub ids or names of the data the stream was trained on.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        ValueError: on a folder without config.json, on results of another program, on values that are no numbers.
+    """
+    model_dir = Path(model_dir)
+    if results is not None:
+        check_results(results)
+        results = results | {"weights": fingerprint(model_dir)}
+        write_json(model_dir / "results.json", results)
+    if recipe is not None:
+        write_json(model_dir / "recipe.json", recipe)
+    path = model_dir / "README.md"
+    if path.is_file() and not is_own_card(path):
+        return path
+    origin = _known(model_dir)
+    if base_model:
+        origin["base_model"] = [base_model] if isinstance(base_model, str) else list(base_model)
+    origin["license"] = license or origin["license"]
+    origin["datasets"] = list(datasets) if datasets else origin["datasets"]
+    card = render_model_card(
+        model_dir,
+        results or read_json(model_dir / "results.json"),
+        recipe or read_json(model_dir / "recipe.json"),
+        repo_id,
+        origin,
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    card.save(temporary)
+    os.replace(temporary, path)
+    return path

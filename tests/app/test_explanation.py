@@ -1,0 +1,124 @@
+"""What the page computes and draws, without the page."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def explainer(model_dir):
+    from explanation import Explainer
+    from transformers import pipeline
+
+    return Explainer(pipeline("image-explanation", model=str(model_dir), trust_remote_code=True))
+
+
+@pytest.fixture(scope="module")
+def explanation(explainer, photos):
+    from explanation import open_photo
+
+    photo = open_photo(photos[0])
+    return explainer.explain(photo, explainer.classes(photo)[0][0])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"just text", "not an image"),
+        (b"", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0", "not an image"),
+    ],
+)
+def test_what_is_no_image_is_refused_without_its_path(tmp_path, content, message):
+    from explanation import NoPhoto, open_photo
+
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with pytest.raises(NoPhoto, match=message) as caught:
+        open_photo(str(path))
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_truncated_image_is_refused(tmp_path, photos):
+    from explanation import NoPhoto, open_photo
+
+    (tmp_path / "photo.png").write_bytes(photos[0].read_bytes()[:2000])
+    with pytest.raises(NoPhoto, match="damaged"):
+        open_photo(str(tmp_path / "photo.png"))
+
+
+@pytest.mark.parametrize(("size", "message"), [((8000, 6000), "at most 40 megapixels"), ((900, 10), "too thin")])
+def test_extreme_images_are_refused(tmp_path, size, message):
+    from explanation import NoPhoto, open_photo
+
+    Image.new("L", size).save(tmp_path / "photo.png")
+    with pytest.raises(NoPhoto, match=message):
+        open_photo(str(tmp_path / "photo.png"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_every_kind_of_picture_becomes_a_small_rgb_one(tmp_path, mode):
+    from explanation import LARGEST_SIDE, open_photo
+
+    path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
+    Image.new(mode, (1400, 700)).save(path)
+    photo = open_photo(str(path))
+    assert photo.mode == "RGB" and photo.size == (LARGEST_SIDE, LARGEST_SIDE // 2)
+
+
+def test_a_photo_is_turned_upright(tmp_path):
+    from explanation import open_photo
+
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (300, 200)).save(tmp_path / "photo.jpg", exif=exif)
+    assert open_photo(str(tmp_path / "photo.jpg")).size == (200, 300)
+
+
+def test_maps_are_the_pipeline_s(explainer, explanation):
+    answers = explainer.pipe(
+        explanation.photo, method="grad_cam_plus_plus", pooling=["gap", "ca"], target=explanation.label
+    )
+    ours = [one for one in explanation.maps if one.title == "Grad-CAM++"]
+    for one, answer in zip(ours, answers, strict=True):
+        assert one.pooling == answer["pooling"] and one.before == pytest.approx(answer["score"], abs=1e-6)
+        assert np.abs(one.saliency / 255 - answer["saliency"]).max() <= 0.5 / 255 + 1e-6
+    assert len(explanation.maps) == 6 and len(explanation.attention) == 5
+
+
+def test_what_is_left_is_the_probability_of_the_darkened_photo(explainer, explanation):
+    one = explanation.maps[-1]
+    pixels = np.asarray(explanation.photo) * (one.saliency[..., None] / 255)
+    darkened = Image.fromarray(pixels.round().astype(np.uint8))
+    [answer] = explainer.pipe(darkened, method="raw_attention", pooling=one.pooling, target=explanation.label)
+    assert one.after == pytest.approx(answer["score"], abs=2e-3)
+    assert one.after != pytest.approx(one.before, abs=1e-6)
+
+
+def test_the_overlay_mixes_photo_and_colours_inside_the_box_only(explainer, explanation):
+    from rendering import inside, overlay
+
+    one, photo = explanation.maps[0], np.asarray(explanation.photo).astype(float)
+    shown = np.asarray(overlay(one, explanation, explainer.colors, 0.25)).astype(float)
+    seen = inside(one.saliency.shape, explanation.box)
+    assert 0 < seen.mean() < 1  # the processor crops this photo
+    expected = 0.75 * photo + 0.25 * explainer.colors[one.saliency]
+    assert np.abs(shown - expected)[seen].max() <= 2
+    assert np.abs(shown - 0.5 * photo.mean(-1, keepdims=True))[~seen].max() <= 1
+
+
+def test_labels_are_escaped(explainer, explanation):
+    from dataclasses import replace
+
+    from rendering import to_html
+
+    page = to_html(replace(explanation, label="<script>alert(1)</script>"), explainer.colors, 0.6, 5)
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def test_the_picture_has_all_panels(explainer, explanation):
+    from rendering import to_picture
+
+    picture = to_picture(explanation, explainer.colors, 0.6, 1)
+    assert picture.width == 676 and picture.height > 4 * 200

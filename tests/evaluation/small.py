@@ -1,0 +1,40 @@
+"""A small classifier, its image processor and examples, for tests of the engine."""
+
+import numpy as np
+from PIL import Image
+
+from modeling_castream import CAStreamImageProcessor
+from tests.modeling_castream.tiny import tiny_model
+
+SIZE = 64
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def small_processor() -> CAStreamImageProcessor:
+    """Resize to 64 and crop 64 x 64."""
+    return CAStreamImageProcessor(
+        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}, image_mean=MEAN, image_std=STD
+    )
+
+
+def small_model(**kwargs):
+    """Random weights, logits spread far enough for probabilities to differ."""
+    model = tiny_model(**kwargs)
+    model.classifier.weight.data *= 8
+    return model
+
+
+def small_image(seed: int, size: tuple[int, int] = (80, 72)) -> Image.Image:
+    """Smooth noise, (width, height)."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 5, 3)).astype(np.uint8)
+    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def small_examples(count: int = 10, num_labels: int = 5) -> list[dict]:
+    """Rows with labels and masks."""
+    mask = np.zeros((72, 80), bool)
+    mask[10:40, 20:60] = True
+    return [
+        {"id": f"image-{index}", "image": small_image(index), "label": index % num_labels, "mask": mask}
+        for index in range(count)
+    ]

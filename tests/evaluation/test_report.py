@@ -1,0 +1,152 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from PIL import Image
+from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
+
+from evaluation import EvaluationSettings, evaluate_saliency
+from evaluation.figures import ExampleRow, mean_curves, write_examples, write_report_examples
+from evaluation.published import published_rows
+from evaluation.report import summarize, to_markdown
+from evaluation.store import SCHEMA, Part
+from modeling_castream import CAStreamConfig
+from tests.evaluation.small import small_examples, small_image, small_model, small_processor
+
+SETTINGS = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
+
+
+def row(index, pooling, average_drop, target=0, correct=True, **values):
+    fixed = {"index": index, "id": str(index), "target": target, "predicted": 0, "correct": correct, "control": ""}
+    numbers = {"probability": 0.5, "map_area": 0.25, "empty_map": False}
+    return fixed | numbers | {"method": "grad_cam", "pooling": pooling, "average_drop": average_drop} | values
+
+
+def summary(rows, settings=SETTINGS, skipped=()):
+    part = Part(pa.Table.from_pylist(rows, schema=SCHEMA), [0], list(skipped))
+    return summarize(settings, part, {"model": "m", "dataset": "d", "temperature": None})
+
+
+def test_means_by_hand():
+    """Two images, the first with two labels: an image is one unit, whatever the number of its labels."""
+    rows = [row(0, "gap", 10.0), row(0, "gap", 30.0, target=1), row(1, "gap", 40.0, correct=False)]
+    rows += [row(0, "ca", 10.0), row(0, "ca", 20.0, target=1), row(1, "ca", 30.0)]
+    results = summary(rows)
+    gap, ca = (entry["metrics"]["average_drop"] for entry in results["rows"])
+    assert (gap["mean"], gap["images"]) == (30, 2)
+    assert ca["mean"] == 22.5
+    assert (gap["low"], gap["high"]) == (20, 40)
+    (pair,) = results["ca_minus_gap"]
+    assert pair["metrics"]["average_drop"] == {"mean": -7.5, "low": -10, "high": -5, "images": 2}
+    assert results["accuracy"]["gap"]["mean"] == 50
+    assert results["accuracy"]["ca_minus_gap"]["mean"] == 50
+    assert results["rows"][0]["metrics"]["map_area"]["mean"] == 25
+    assert results["sample"]["maps_explained"] == 3
+
+
+def test_values_that_are_missing_are_left_out_and_counted():
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("mask_share",), poolings=("gap",))
+    rows = [row(index, "gap", None, mask_share=share) for index, share in enumerate((40.0, None, 60.0))]
+    share = summary(rows, settings)["rows"][0]["metrics"]["mask_share"]
+    assert (share["mean"], share["images"]) == (50, 2)
+    nothing = summary([row(0, "gap", None)], settings)["rows"][0]["metrics"]["mask_share"]
+    assert nothing is None
+
+
+def test_markdown_rounds_and_names_the_sample():
+    text = to_markdown(summary([row(0, "gap", 12.345), row(0, "ca", 12.344)], skipped=[{"index": 1, "id": "bad"}]))
+    assert "| grad_cam | GAP | 12.35 [one image] | 25.00 [one image] |" in text
+    assert "| grad_cam | 0.00 [one image] |" in text  # not -0.00
+    assert "1 images could not be decoded and were skipped: bad." in text
+
+
+def published(backbone, dataset="imagenet-1k (validation)", num_labels=1000):
+    return published_rows(CAStreamConfig(backbone_config=backbone, num_labels=num_labels), dataset)
+
+
+def test_papers_row_appears_where_network_and_dataset_match():
+    large = ConvNextConfig(hidden_sizes=[128, 256, 512, 1024], depths=[3, 3, 27, 3])
+    assert published(ResNetConfig())[0] == published(TimmBackboneConfig(backbone="resnet50.a1_in1k"))[0] == "ResNet-50"
+    assert published(large)[0] == "ConvNeXt-B"
+    assert published(ResNetConfig(depths=[2, 2, 2, 2])) is None
+    assert published(ConvNextConfig(hidden_sizes=[96, 192, 384, 768], depths=[3, 3, 9, 3])) is None
+    assert published(ResNetConfig(), "imagenet-1k (train)") is None
+    assert published(ResNetConfig(), "cifar10 (validation)") is None
+    assert published(ResNetConfig(), num_labels=10) is None
+    results = summary([row(0, "gap", 13.0), row(0, "ca", 12.0)])
+    text = to_markdown(results, published(ResNetConfig()))
+    assert "| grad_cam | GAP | 100.00 / 74.55 | 13.00 / 13.04 |" in text
+    assert "| grad_cam | CA | 100.00 / 74.70 | 12.00 / 12.54 |" in text
+    assert "score_cam" not in text
+
+
+@pytest.fixture(scope="module")
+def report():
+    settings = EvaluationSettings(
+        methods=("raw_attention", "grad_cam"), metrics=("average_drop", "insertion", "deletion"), num_examples=3
+    )
+    return evaluate_saliency(small_model(), small_processor(), small_examples(6), settings)
+
+
+def test_everything_is_written(report, tmp_path):
+    report.write(tmp_path / "new" / "folder")
+    names = {path.name for path in (tmp_path / "new" / "folder").iterdir()}
+    assert names == {"results.json", "results.md", "per_image.parquet", "examples.png", "curves.png"}
+    results = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
+    assert results == json.loads(json.dumps(report.results))
+    assert results["settings"]["protocol"] == "reference"
+    assert {"torch", "transformers", "python"} <= set(results["versions"])
+    table = pd.read_parquet(tmp_path / "new" / "folder" / "per_image.parquet")
+    assert len(table) == len(report.per_image) == 6 * 4
+    for name, rows in (("examples.png", 3), ("curves.png", 0)):
+        with Image.open(tmp_path / "new" / "folder" / name) as picture:
+            assert picture.size[1] > 150 * max(rows, 1)
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 50
+
+
+def test_examples_are_spread_over_the_dataset(report):
+    assert sorted(report.examples) == [0, 2, 4]
+    arrays = report.examples[2]
+    assert arrays["image"].shape == (64, 64, 3) and arrays["mask"].dtype == bool
+    assert str(arrays["title"]).startswith("LABEL_2\nGAP ")
+
+
+def test_columns_of_the_examples_can_be_chosen(report, tmp_path):
+    write_report_examples(tmp_path / "all.png", report)
+    write_report_examples(tmp_path / "two.png", report, [("raw_attention", "ca"), ("grad_cam", "gap")])
+    with Image.open(tmp_path / "all.png") as full, Image.open(tmp_path / "two.png") as two:
+        assert full.size[1] == two.size[1] and full.size[0] > two.size[0]
+
+
+def test_examples_need_a_map_a_column(tmp_path):
+    example = ExampleRow("a", np.asarray(small_image(0)), [np.zeros((7, 7))])
+    with pytest.raises(ValueError, match="rows has 1 maps for 'a' but columns 2 titles"):
+        write_examples(tmp_path / "x.png", [example], ["one", "two"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_maps_are_drawn_where_they_are(tmp_path):
+    """A map with one hot corner, on a black image: the brightest part of its panel is that corner."""
+    saliency = np.zeros((4, 4))
+    saliency[0, 3] = 1
+    mask = np.zeros((64, 64), bool)
+    mask[:16, 48:] = True
+    image = np.zeros((64, 64, 3), np.uint8)
+    write_examples(tmp_path / "x.png", [ExampleRow("a", image, [saliency])], ["map"])
+    write_examples(tmp_path / "y.png", [ExampleRow("a", image, [0 * saliency], mask)], ["map"])
+    for name, place in (("x.png", "map"), ("y.png", "outline")):
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        panel = pixels[70:250, 400:-20]  # within the second panel
+        level = panel[..., 0] if place == "map" else panel[..., 2] - panel[..., 0]
+        rows, columns = np.nonzero(level > 0.8 * level.max())
+        assert rows.mean() < 60 and columns.mean() > panel.shape[1] / 2, place
+
+
+def test_mean_curves_are_means_over_images(report):
+    curves = {(method, pooling): curve for method, pooling, curve in mean_curves(report.part.table, "insertion")}
+    frame = report.per_image.query("method == 'grad_cam' and pooling == 'ca'")
+    np.testing.assert_allclose(curves["grad_cam", "ca"], np.mean(frame["insertion_curve"].tolist(), axis=0))
+    assert len(curves) == 4

@@ -1,0 +1,225 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from evaluation import EvaluationSettings, evaluate_saliency, runner
+from evaluation.__main__ import main
+from evaluation.data import Examples
+from evaluation.store import write_atomically
+from tests.evaluation.small import small_examples, small_image, small_model, small_processor
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = EvaluationSettings(
+    methods=("grad_cam",),
+    metrics=("average_drop", "insertion"),
+    batch_size=2,
+    num_examples=1,
+    controls=("temperature", "random_map"),
+)
+
+
+def run(folder=None, settings=SETTINGS, examples=None, model=None):
+    return evaluate_saliency(model or small_model(), small_processor(), examples or small_examples(9), settings, folder)
+
+
+def stop_after(monkeypatch, blocks):
+    """Let the run die, as by a signal, when it starts on the block after the first few."""
+    original, seen = runner.evaluate_block, []
+
+    def evaluate_block(scorer, block):
+        if len(seen) == blocks:
+            raise KeyboardInterrupt
+        seen.append(block.number)
+        return original(scorer, block)
+
+    monkeypatch.setattr(runner, "evaluate_block", evaluate_block)
+    return seen
+
+
+def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(tmp_path, monkeypatch):
+    whole = run()
+    monkeypatch.setattr(runner, "SECONDS_PER_PART", -1)  # a part a block
+    for blocks in (2, 1):
+        with monkeypatch.context() as patch:
+            stop_after(patch, blocks)
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path)
+        assert not (tmp_path / "results.json").exists()
+    with monkeypatch.context() as patch:
+        seen = stop_after(patch, 99)
+        resumed = run(tmp_path)
+    assert seen == [3, 4]
+    assert resumed.part.table.equals(whole.part.table)
+    assert resumed.results == whole.results
+    assert sorted(resumed.examples) == sorted(whole.examples)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "curves.png",
+        "evaluation.json",
+        "examples.png",
+        "per_image.parquet",
+        "results.json",
+        "results.md",
+    }
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+    first = run(tmp_path)
+    picture = (tmp_path / "examples.png").read_bytes()
+    seen = stop_after(monkeypatch, 0)
+    again = run(tmp_path)
+    assert seen == [] and again.results == first.results
+    assert (tmp_path / "examples.png").read_bytes() == picture
+
+
+@pytest.mark.parametrize("difference", ["settings", "model", "dataset"])
+def test_a_folder_holds_one_evaluation(tmp_path, difference):
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
+    run(tmp_path, settings)
+    other = {
+        "settings": {"settings": EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",), batch_size=4)},
+        "model": {"settings": settings, "model": small_model(seed=1)},
+        "dataset": {"settings": settings, "examples": Examples(small_examples(9), "other")},
+    }[difference]
+    message = {"settings": "batch_size: 16 there, 4 here", "model": "weights: ", "dataset": "dataset: examples there"}
+    with pytest.raises(ValueError, match=f"holds an evaluation with other settings .*{message[difference]}"):
+        run(tmp_path, **other)
+
+
+def test_temperature_brings_gap_to_the_confidence_of_ca():
+    frame = run(settings=EvaluationSettings(methods=("grad_cam",), metrics=("sparsity",), controls=("temperature",)))
+    model, examples = small_model(), small_examples(9)
+    pixel_values = small_processor()([example["image"] for example in examples], return_tensors="pt").pixel_values
+    gap, ca = (model(pixel_values, pooling=pooling).logits for pooling in ("gap", "ca"))
+    temperature = frame.results["temperature"]
+    assert (gap / temperature).softmax(-1).amax(1).mean().item() == pytest.approx(
+        ca.softmax(-1).amax(1).mean().item(), abs=1e-5
+    )
+    assert abs(temperature - 1) > 0.01
+
+
+def test_temperature_needs_examples_that_can_be_read_twice():
+    with pytest.raises(ValueError, match="reads the examples twice"):
+        run(examples=iter(small_examples(3)))
+
+
+def test_max_images():
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("sparsity",), max_images=5, batch_size=2)
+    report = run(settings=settings)
+    assert report.results["sample"]["images"] == 5
+    endless = ({"image": small_image(index)} for index in range(10**9))
+    assert run(settings=settings, examples=endless).results["sample"]["images"] == 5
+
+
+def test_an_output_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir .*file.* cannot be used: .*"):
+        run(tmp_path / "file" / "results")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    def write(path):
+        path.write_text("half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(tmp_path / "results.json", write)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A saved model, and an imagefolder of 22 images in two classes."""
+    root = tmp_path_factory.mktemp("saved")
+    small_model().save_pretrained(root / "model")
+    small_processor().save_pretrained(root / "model")
+    for index in range(22):
+        folder = root / "data" / "test" / f"class-{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        small_image(index).save(folder / f"{index:02d}.png")
+    return root
+
+
+def options(folders, output, *more):
+    data = str(folders / "data")
+    fixed = ["--model", str(folders / "model"), "--dataset", data, "--split", "test", "--output", str(output)]
+    metrics = ["--methods", "grad_cam", "--metrics", "average_drop", "insertion", "--batch-size", "2"]
+    return [*fixed, *metrics, "--controls", "temperature", *more]
+
+
+def test_command(folders, tmp_path, capsys):
+    assert main(options(folders, tmp_path / "out", "--max-images", "4")) == 0
+    output = capsys.readouterr().out
+    assert "4 images, 4 explained classes, protocol `reference`" in output
+    assert "| grad_cam | CA |" in output
+    assert "results.json" in output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "/no/such/model"}, "model '/no/such/model' cannot be loaded"),
+        ({"--dataset": "/no/such/data"}, "dataset '/no/such/data', split 'test' cannot be opened"),
+        ({"--split": "validation"}, "split 'validation' cannot be opened"),
+        ({"--batch-size": "0"}, "batch_size must be at least 1, got 0"),
+        ({"--image-column": "picture"}, "image_column 'picture' is not a column"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_status(folders, tmp_path, capsys, change, message):
+    arguments = options(folders, tmp_path / "out")
+    for option, value in change.items():
+        arguments = [*arguments, option, value]  # the last one counts
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("evaluation: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
+
+
+def launch(command, **more):
+    environment = os.environ | {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more
+    )
+
+
+def values(folder):
+    return pd.read_parquet(folder / "per_image.parquet")
+
+
+@pytest.mark.slow
+def test_two_processes_count_every_image_once_and_agree_with_one(folders, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29653", "-m"]
+    process = launch([*torchrun, "evaluation", *options(folders, tmp_path / "two")])
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert main(options(folders, tmp_path / "one")) == 0
+    pd.testing.assert_frame_equal(values(tmp_path / "two"), values(tmp_path / "one"), rtol=1e-6, atol=1e-6)
+    assert sorted(values(tmp_path / "two")["index"].unique()) == list(range(22))
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on(folders, tmp_path):
+    """SIGKILL as soon as the first part is on disk, then the same command again."""
+    slow = [sys.executable, "-c", "import evaluation.runner as r; r.SECONDS_PER_PART = 0; "
+            "import time; e = r.evaluate_block; "
+            "r.evaluate_block = lambda s, b: (time.sleep(0.5), e(s, b))[1]; "
+            "import sys; from evaluation.__main__ import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
+    arguments = options(folders, tmp_path / "out")
+    process = launch([*slow, *arguments])
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("partial/part-*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert main(arguments) == 0
+    assert main(options(folders, tmp_path / "whole")) == 0
+    pd.testing.assert_frame_equal(values(tmp_path / "out"), values(tmp_path / "whole"))

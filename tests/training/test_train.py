@@ -1,0 +1,231 @@
+"""Whole runs of train.py, in this process and in others."""
+
+import contextlib
+import gc
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.training.tiny_data import write_shards
+from training.arguments import TrainingArguments
+from training.interruption import EXIT_INTERRUPTED
+from training.watching import Watch
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the run catches it."""
+
+
+@pytest.fixture
+def run(fresh_process_state, monkeypatch):
+    """Runs train.py's main; returns (loss, learning rate) of every optimiser step. `killed_at` ends it like a kill."""
+    main = runpy.run_path(str(ROOT / "train.py"))["main"]
+    original = Watch.step
+
+    def run(options: dict, killed_at: int | None = None) -> list[tuple[float, float]]:
+        trace = []
+
+        def step(self, progress, sums, images, rate):
+            trace.append((sums["loss"].item() / images, rate))
+            if progress.step == killed_at:
+                raise Killed
+            original(self, progress, sums, images, rate)
+
+        monkeypatch.setattr(Watch, "step", step)
+        fresh_process_state()
+        with contextlib.suppress(Killed):
+            main(TrainingArguments(**options))
+        gc.collect()  # a dead process holds no locks
+        return trace
+
+    return run
+
+
+def weights(options: dict) -> dict[str, torch.Tensor]:
+    return load_file(Path(options["output_dir"]) / "model" / "model.safetensors")
+
+
+def layout(folder: str) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_workers": 2, "gradient_accumulation_steps": 2},
+        {"objective": "masked_distill", "ema_decay": 0.9},
+        {"cache_features": True, "views": 2, "optimizer": "sgd"},
+        {"mixup": 0.4, "cutmix": 1.0},
+        {"freeze_backbone": False, "freeze_classifier": False, "pooling": "gap"},
+    ],
+    ids=["plain", "workers", "masked-ema", "cached", "mixed", "fine-tuned"],
+)
+def test_a_run_killed_twice_is_the_uninterrupted_run(run, options, tmp_path, changes):
+    whole = options | changes | {"output_dir": str(tmp_path / "whole")}
+    killed = options | changes | {"output_dir": str(tmp_path / "killed")}
+    expected = run(whole)
+    steps = len(expected)
+    traces = [run(killed, killed_at=steps // 3), run(killed, killed_at=2 * steps // 3), run(killed)]
+    found = {}
+    for trace in traces:  # each goes on after its last checkpoint
+        start = 0 if not found else max(step for step in range(len(found) + 1) if step % 3 == 0)
+        found |= dict(enumerate(trace, start))
+    assert [found[step] for step in range(steps)] == expected
+    for name, tensor in weights(whole).items():
+        assert torch.equal(tensor, weights(killed)[name]), name
+    assert layout(whole["output_dir"]) == layout(killed["output_dir"])
+    assert not any(name.endswith(".partial") for name in layout(killed["output_dir"]))
+
+
+def test_the_stream_learns_and_nothing_else_moves(run, options, tiny_model):
+    trace = run(options | {"epochs": 6})
+    before, after = load_file(tiny_model / "model.safetensors"), weights(options)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".stream." in name for name in moved)
+    assert "castream.stream.blocks.2.projection.weight" not in moved  # W_L is frozen
+    assert sum(loss for loss, _ in trace[-8:]) < sum(loss for loss, _ in trace[:8])
+
+
+def test_a_complete_run_is_left_as_it_is(run, options):
+    assert run(options)
+    before = {name: os.stat(Path(options["output_dir"]) / name).st_mtime_ns for name in layout(options["output_dir"])}
+    assert run(options) == []
+    after = {name: os.stat(Path(options["output_dir"]) / name).st_mtime_ns for name in layout(options["output_dir"])}
+    unchanged = {name for name in before if before[name] == after.get(name)}
+    assert set(before) - unchanged <= {"settings.yaml"}
+
+
+def test_a_folder_of_another_run_is_refused(run, options):
+    run(options)
+    with pytest.raises(ValueError, match=r"holds another run \(learning_rate is 0.01 there, 0.5 here\)"):
+        run(options | {"learning_rate": 0.5})
+
+
+def test_a_classifier_is_fitted_for_new_classes(run, options, tmp_path):
+    write_shards(tmp_path / "data", "train", [12, 12], classes=["red", "green", "blue", "grey"])
+    options = options | {"dataset_name": str(tmp_path / "data"), "views": 1, "augmentation": "none", "epochs": 1}
+    run(options)
+    config = json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())
+    assert list(config["id2label"].values()) == ["red", "green", "blue", "grey"]
+    assert (Path(options["output_dir"]) / "initial" / "model.safetensors").is_file()
+
+
+def test_too_many_broken_images_stop_the_run(run, options, tmp_path):
+    write_shards(tmp_path / "data", "train", [160, 160], broken=tuple(range(0, 320, 20)))
+    options = options | {"dataset_name": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match=r"could not be decoded, more than max_bad_fraction=0\.01"):
+        run(options)
+    gc.collect()
+    listed = (Path(options["output_dir"]) / "bad_images.txt").read_text().split()
+    assert len(listed) == len(set(listed)) >= 3
+    assert run(options | {"max_bad_fraction": 0.1})
+
+
+def test_a_loss_that_is_no_number_stops_with_the_culprits(run, options, monkeypatch):
+    from training.objectives import Objective
+
+    original = Objective.forward
+
+    def forward(self, batch):
+        result = original(self, batch)
+        return result | {"loss": result["loss"] * (float("nan") if "2:3" in batch["keys"] else 1)}
+
+    monkeypatch.setattr(Objective, "forward", forward)
+    with pytest.raises(ValueError, match=r"the loss is nan at step \d+ with learning rate .*2:3"):
+        run(options)
+
+
+def start(options: dict, *launcher: str, **environment: str) -> subprocess.Popen:
+    words = [word for name, value in options.items() for word in (f"--{name}", "none" if value is None else str(value))]
+    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_with_its_own_code(options, tmp_path, number):
+    options = options | {"epochs": 500, "max_steps": 2000, "checkpoint_steps": 1000, "num_workers": 1}
+    process = start(options)
+    logs = Path(options["output_dir"])
+    while process.poll() is None and "training:" not in (line := process.stderr.readline()):
+        assert "error" not in line
+    time.sleep(1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == EXIT_INTERRUPTED, errors
+    assert "Traceback" not in errors and "the same command goes on from there" in errors
+    assert len(list((logs / "checkpoints").iterdir())) == 1
+    output, errors = start(options).communicate(timeout=300)
+    assert "exactly there" in output, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": "timm:no_such_network"}, "no_such_network"),
+        ({"model": "nonsense"}, "nonsense"),
+        ({"no_such_option": 1}, "unknown option --no_such_option"),
+        ({"config": "nowhere.yaml"}, "nowhere.yaml cannot be read"),
+        ({"dataset_name": "./nowhere"}, "nowhere"),
+        ({"output_dir": "/proc/nowhere"}, "cannot write output_dir=/proc/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_a_code(options, changes, said):
+    process = start(options | changes)
+    _, errors = process.communicate(timeout=120)
+    lines = [line for line in errors.splitlines() if line.startswith("train.py: error: ")]
+    assert process.returncode == 2 and len(lines) == 1 and said in lines[0], errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_the_doubled_batch(options, tmp_path):
+    write_shards(tmp_path / "data", "train", [16, 16])
+    options = options | {"dataset_name": str(tmp_path / "data"), "shuffle_window": 0, "tracker": "tensorboard"}
+    one = options | {"output_dir": str(tmp_path / "one"), "batch_size": 8}
+    two = options | {"output_dir": str(tmp_path / "two"), "batch_size": 4}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    for process in (start(one), start(two, *launcher, ACCELERATE_USE_CPU="1")):
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    for name, tensor in weights(one).items():
+        torch.testing.assert_close(tensor, weights(two)[name], rtol=1e-4, atol=1e-6)
+    assert learning_rates(one) == pytest.approx(learning_rates(two), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_uneven_shards_end_without_a_hang(options, tmp_path):
+    write_shards(tmp_path / "data", "train", [21, 5, 3])
+    options = options | {"dataset_name": str(tmp_path / "data"), "tracker": "tensorboard"}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512")
+    process = start(options, *launcher, ACCELERATE_USE_CPU="1")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    facts = json.loads((Path(options["output_dir"]) / "model" / "training.json").read_text())
+    assert facts["progress"]["images"] == 2 * 29 and facts["progress"]["epoch"] == 2
+
+
+def learning_rates(options: dict) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = {path.parent for path in Path(options["output_dir"]).rglob("events.out*") if path.parent.name == "logs"}
+    accumulator = EventAccumulator(str(events))
+    accumulator.Reload()
+    return [event.value for event in accumulator.Scalars("learning_rate")]

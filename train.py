@@ -1,0 +1,352 @@
+"""Train the attention stream of a CA-Stream model.
+
+    accelerate launch train.py                                          the demo, on embedded scenes
+    accelerate launch train.py --config recipes/imagenet_resnet50.yaml  a recipe; any line of it can be overridden:
+    accelerate launch train.py --config recipes/photos_distill.yaml --dataset_name ~/photos --output_dir outputs/photos
+
+A run that was killed goes on when the same command is given again. Exit code 0: done; 2: bad input, in one line;
+75: told to stop (SIGTERM, SIGINT), with everything saved.
+"""
+
+import os
+import sys
+import time
+from dataclasses import asdict
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from evaluation import EvaluationSettings, evaluate_saliency
+from publishing import publish, write_model_card
+from training.arguments import TrainingArguments, parse_arguments
+from training.average_precision import score_held_out
+from training.data import ReaderSettings, StreamLoader
+from training.dataset import Split, open_split
+from training.ema import Ema
+from training.features import CachedLoader, build_cache
+from training.heldout import HeldOut, measure_entropy, pixel_batches
+from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from training.mixing import Mixer
+from training.model import (
+    TRAINING_FILE,
+    freeze,
+    load_model,
+    parameter_groups,
+    save_model,
+    set_classifier,
+    starting_model,
+)
+from training.objectives import Objective
+from training.probe import fit_linear_classifier, pooled_features
+from training.progress import Keeper
+from training.run_folder import RunFolder
+from training.schedules import learning_rate
+from training.sharding import ShardPlan
+from training.steps import backward, take, to_device, total
+from training.storage import read_json, write_json
+from training.transforms import ImageTransform
+from training.watching import Watch, check_loss, note_bad_images
+
+EXIT_BAD_INPUT = 2
+ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is reported
+
+
+def main(args: TrainingArguments) -> None:
+    started = time.time()
+    interruption = Interruption()
+    disable_progress_bar()  # transformers shows one for every file of weights
+    accelerator = start_accelerator(args)
+    folder = RunFolder(args, accelerator.is_main_process)
+    accelerator.wait_for_everyone()
+    set_seed(args.seed)
+
+    # The dataset
+    split = open_split(args, args.train_split)
+    held_out = None
+    if args.validation_split:
+        held_out = HeldOut(open_split(args, args.validation_split), args.validation_split)
+
+    # The model
+    if folder.model.is_dir():
+        accelerator.print(f"training is complete: {folder.model}")
+        model, image_processor = load_model(folder.model)
+    else:
+        model, image_processor = train(args, accelerator, folder, split, held_out, interruption)
+
+    # What it is worth
+    if held_out and not (folder.evaluation / "results.json").is_file():
+        evaluate(args, accelerator, folder, model, image_processor, held_out)
+    if accelerator.is_main_process:
+        describe(args, folder)
+        folder.release()
+        print_end(folder, time.time() - started)
+    accelerator.end_training()
+
+
+def start_accelerator(args: TrainingArguments) -> Accelerator:
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=None if args.tracker == "none" else args.tracker,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    # Processes share the CPUs of a machine; more threads than that only get in each other's way.
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator
+
+
+def train(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    split: Split,
+    held_out: HeldOut | None,
+    interruption: Interruption,
+):
+    """Train from wherever the folder's run stands, and save the model."""
+    # The model as training finds it, and what of it learns
+    if folder.initial.is_dir():
+        (model, image_processor), unfitted = load_model(folder.initial), False
+    else:
+        model, image_processor, unfitted = starting_model(args, split)
+    weights = freeze(model, args)
+    model.castream.backbone.to(memory_format=torch.channels_last)
+    objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
+
+    # Who reads what; a frozen backbone's part of it only once, if the settings say so
+    loader, layout, num_rows = make_loader(args, accelerator, split, image_processor, model.config.num_labels)
+    if args.cache_features:
+        loader = cache_features(args, accelerator, folder, objective, loader, layout, num_rows, interruption)
+        layout, num_rows = layout | {"cached": True}, len(loader)
+    if unfitted:
+        fit_classifier(args, accelerator, folder, objective, loader, image_processor)
+    watched = watch_images(accelerator, objective, held_out, image_processor)
+    entropy_before = measure_entropy(model, watched)
+    if args.compile_backbone:
+        model.castream.backbone.compile()
+
+    # Optimiser, and all that a resumed run restores
+    groups = parameter_groups(weights, args.weight_decay)
+    optimizer = (
+        torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
+        if args.optimizer == "sgd"
+        else torch.optim.AdamW(groups, lr=args.learning_rate)
+    )
+    prepared, optimizer = accelerator.prepare(objective, optimizer)
+    ema = Ema(weights, args.ema_decay) if args.ema_decay else None
+    moving = weights if args.freeze_backbone else model.state_dict(keep_vars=True)
+    keeper = Keeper(args, accelerator, folder, moving, optimizer, ema, layout)
+    progress, place = keeper.resume()
+    accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(args).items()})
+    images_in_all = args.epochs * num_rows
+    watch = Watch(args, accelerator, model.config.stream_layers, images_in_all, progress)
+    mixer = Mixer(args, model.config.num_labels, accelerator.process_index)
+
+    # The loop: a step is over when all processes are; an epoch, when all have run out
+    spare, interruption.deferred = None, True
+    while not is_complete(args, progress):
+        batches = loader.epoch(progress.epoch, place)
+        while not is_complete(args, progress):
+            taken, after = take(batches, args.gradient_accumulation_steps)
+            place, spare = after or place, taken[-1] if taken else spare or next(loader.epoch(progress.epoch))[0]
+            counts = [sum(len(batch["keys"]) for batch in taken), loader.rows, len(loader.bad), interruption.requested]
+            images, rows, bad, stop = (int(count) for count in total(accelerator, counts))
+            progress.rows, loader.rows = progress.rows + rows, 0
+            if bad:
+                note_bad_images(args, accelerator, folder, progress, loader)
+            if not images:
+                break
+            used = (progress.step + 0.5) / args.max_steps if args.max_steps else 0
+            rate = learning_rate(args, used or (progress.images + images / 2) / images_in_all)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            taken = [mixer(batch, progress.step, part) for part, batch in enumerate(taken)]
+            taken, spare = to_device(taken, accelerator.device), to_device(spare, accelerator.device)
+            sums = backward(accelerator, prepared, taken, spare, images)
+            check_loss(sums, progress, rate, taken)
+            if args.max_grad_norm:
+                accelerator.clip_grad_norm_(weights.values(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step, progress.images = progress.step + 1, progress.images + images
+            if ema:
+                ema.update(progress.step)
+            watch.step(progress, sums, images, rate)
+            watch.strip(progress, objective, watched)
+            if stop or progress.step % args.checkpoint_steps == 0:
+                keeper.save(progress, place)
+            if stop:
+                raise InterruptedRun(f"stopped after step {progress.step}: the same command goes on from there")
+        else:
+            break
+        progress.epoch, place = progress.epoch + 1, None
+    watch.close()
+    interruption.deferred = False
+
+    # The trained model
+    if ema:
+        ema.apply()
+    model.eval()
+    if accelerator.is_main_process:
+        facts = {"entropy_before": entropy_before, "entropy_after": measure_entropy(model, watched)}
+        facts |= {"layers": model.config.stream_layers, "progress": asdict(progress), "entropy_images": ENTROPY_IMAGES}
+        save_model(folder.model, model, image_processor, facts)
+    accelerator.wait_for_everyone()
+    return model, image_processor
+
+
+def is_complete(args: TrainingArguments, progress) -> bool:
+    return progress.epoch >= args.epochs or bool(args.max_steps and progress.step >= args.max_steps)
+
+
+def make_loader(args: TrainingArguments, accelerator: Accelerator, split: Split, image_processor, num_labels: int):
+    """The loader of this process, what its places depend on, and the number of images in the split."""
+    num_rows = args.train_examples or split.num_rows
+    if num_rows is None:
+        raise ValueError("the dataset does not tell its size: give the number of its training images, train_examples.")
+    workers = args.num_workers
+    if workers is None:
+        workers = min(8, max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    world = accelerator.num_processes
+    plan = ShardPlan(split.stream.num_shards, world, max(1, workers), args.seed, by_rows=split.unsplittable)
+    accelerator.print(f"data: {plan.describe(num_rows)}")
+    settings = ReaderSettings(args.batch_size, args.shuffle_window, args.interleave, args.views, num_labels, args.seed)
+    transform = ImageTransform(image_processor, args.augmentation)
+    loader = StreamLoader(split, plan, accelerator.process_index, transform, settings, in_process=workers == 0)
+    layout = {
+        "processes": world,
+        "readers": plan.busy_workers,
+        "batch_size": args.batch_size,
+        "shards": plan.num_shards,
+    }
+    return loader, layout, num_rows
+
+
+def cache_features(args, accelerator, folder, objective, loader, layout, num_rows, interruption) -> CachedLoader:
+    """Run the backbone over every view once, and keep what it says."""
+    main = accelerator.is_main_process
+
+    def advance(images: int) -> None:
+        bar.update(images * accelerator.num_processes)
+        if interruption.requested:
+            raise InterruptedRun("stopped while caching features: the same command goes on from there")
+
+    bar = tqdm(total=num_rows * args.views, unit="img", desc="caching features", disable=not main)
+    with bar, accelerator.autocast():
+        build_cache(
+            folder.features,
+            objective,
+            loader,
+            views=args.views,
+            rank=accelerator.process_index,
+            key=layout,
+            limit_bytes=args.cache_limit_gib * 2**30,
+            num_rows=num_rows,
+            on_batch=advance,
+        )
+    accelerator.wait_for_everyone()
+    world, rank = accelerator.num_processes, accelerator.process_index
+    return CachedLoader(folder.features, args.views, rank, world, args.batch_size, args.seed)
+
+
+def fit_classifier(args, accelerator, folder, objective, loader, image_processor) -> None:
+    """Give the model a linear classifier for the dataset's classes, fitted to its GAP features."""
+    model = objective.model
+    batches = (to_device(batch, accelerator.device) for batch, _ in loader.epoch(0))
+    features, labels = pooled_features(accelerator, model, batches, objective)
+    set_classifier(model, *fit_linear_classifier(features, labels, model.config.num_labels, args.classifier_l2))
+    accelerator.print(f"fitted a linear classifier for {model.config.num_labels} classes to {len(labels)} images")
+    if accelerator.is_main_process:
+        save_model(folder.initial, model, image_processor)
+    accelerator.wait_for_everyone()
+
+
+def watch_images(accelerator, objective, held_out: HeldOut | None, image_processor) -> list[torch.Tensor]:
+    """A few held-out images, on which the attention's entropy is measured before and after."""
+    if held_out is None:
+        return []
+    batches = pixel_batches(held_out, ImageTransform(image_processor, "none"), ENTROPY_IMAGES)
+    return [objective.normalize(to_device(batch, accelerator.device)) for batch in batches]
+
+
+def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_out: HeldOut) -> None:
+    """GAP and CA side by side on held-out images."""
+    if held_out.split.multi_label:
+        objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
+        transform = ImageTransform(image_processor, "none")
+        scores = score_held_out(accelerator, objective, held_out, transform, args.batch_size)
+        accelerator.print("mean average precision: GAP {gap:.2f}, CA {ca:.2f}, on {images} images".format(**scores))
+        if accelerator.is_main_process:
+            write_json(folder.path / "mean_average_precision.json", scores)
+    masks = ("mask_share", "pointing_game") if held_out.has_masks else ()
+    settings = EvaluationSettings(
+        methods=tuple(args.evaluation_methods),
+        metrics=tuple(dict.fromkeys((*args.evaluation_metrics, *masks))),
+        controls=tuple(args.evaluation_controls),
+        max_images=args.evaluation_images,
+        autocast={"no": "off", None: "off"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
+        seed=args.seed,
+    )
+    report = evaluate_saliency(
+        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=args.model
+    )
+    accelerator.print("\n" + report.markdown())
+
+
+def describe(args: TrainingArguments, folder: RunFolder) -> None:
+    """Write the model card, and push the model if the settings say so."""
+    if not (folder.model / "README.md").is_file():
+        results = folder.evaluation / "results.json"
+        hub_id = args.model if "/" in args.model and not os.path.exists(args.model) else None
+        write_model_card(
+            folder.model,
+            read_json(results) if results.is_file() else None,
+            asdict(args) | {"output_dir": None},
+            repo_id=args.hub_model_id,
+            base_model=f"timm/{args.model.removeprefix('timm:')}" if args.model.startswith("timm:") else hub_id,
+            datasets=[args.dataset_name] if args.dataset_name and not os.path.exists(args.dataset_name) else None,
+        )
+    if args.push_to_hub:
+        evaluated = folder.evaluation if folder.evaluation.is_dir() else None
+        print(f"pushed: {publish(folder.model, args.hub_model_id, results_dir=evaluated).url}")
+
+
+def print_end(folder: RunFolder, seconds: float) -> None:
+    """Where things are, and how to load the model."""
+    facts = read_json(folder.model / TRAINING_FILE)
+    print("attention entropy on held-out images, relative to uniform (1), before and after training:")
+    for name, before, after in zip(facts["layers"], facts["entropy_before"], facts["entropy_after"], strict=False):
+        print(f"  {name:12} {before:.4f} -> {after:.4f}")
+    print(f"\ndone in {seconds / 60:.1f} minutes")
+    for name in ("model", "evaluation", "logs"):
+        if (path := folder.path / name).exists():
+            print(f"  {name:12} {path}")
+    print(f"""
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+image_processor = AutoImageProcessor.from_pretrained("{folder.model}")
+model = AutoModelForImageClassification.from_pretrained("{folder.model}", trust_remote_code=True)""")
+
+
+def run() -> int:
+    """Run, with what a user can mend reported in one line."""
+    try:
+        main(parse_arguments())
+    except InterruptedRun as stopped:
+        print(f"train.py: {stopped}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (ValueError, OSError) as error:
+        if os.environ.get("CASTREAM_TRACEBACK"):
+            raise
+        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())

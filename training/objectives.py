@@ -1,0 +1,147 @@
+"""What the stream is trained for (DESIGN section 2), as a module whose forward pass is the training step's.
+
+    cross_entropy   CE(CA(x), y)                                                       needs labels
+    distill         KL(GAP(x) || CA(x))                                                needs none
+    masked_distill  KL(GAP(x) || CA(x)) + CE(CA(x * r), argmax GAP(x))                 needs none
+
+GAP(x) are the logits of the same network under global average pooling, r a random soft mask. With several labels an
+image, BCE takes the place of CE, the teacher's probabilities that of its argmax, and the binary KL that of KL.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .arguments import TrainingArguments
+
+Features = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
+
+
+class Objective(nn.Module):
+    """A model together with the loss it is trained on.
+
+    Args:
+        model: a CAStreamForImageClassification.
+        args: `objective`, `pooling`, `label_smoothing`.
+        mean, std: of the pixels in [0, 1], per channel, as the image processor normalises.
+    """
+
+    def __init__(self, model: nn.Module, args: TrainingArguments, mean: list[float], std: list[float]):
+        super().__init__()
+        self.model = model
+        self.objective, self.pooling, self.label_smoothing = args.objective, args.pooling, args.label_smoothing
+        self.multi_label = model.config.problem_type == "multi_label_classification"
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def uses_masks(self) -> bool:
+        """Whether the loss needs the features of a masked view, too."""
+        return self.objective == "masked_distill"
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(batch_size, 3, height, width) in [0, 1] -> normalised, channels last, which convolutions prefer."""
+        return ((pixels - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def extract(self, batch: dict) -> dict[str, Features]:
+        """The backbone's part of the step: features of the view and, where the loss asks for it, of its masked twin.
+
+        Args:
+            batch: `images` uint8 (batch_size, 3, height, width), `noise` (batch_size, rows, columns).
+        """
+        pixels = batch["images"].float() / 255
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone):
+            features = {"view": self.model.castream.extract_features(self.normalize(pixels))}
+            if self.uses_masks:
+                size = features["view"][0][-1].shape[2:]
+                masks = random_masks(batch["noise"].float(), size, pixels.shape[2:])
+                features["masked"] = self.model.castream.extract_features(self.normalize(pixels * masks))
+        return features
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        """Loss of a batch, summed over its images, and what to watch.
+
+        Args:
+            batch: what `extract` takes, or its result as `features`; `labels`: ids (batch_size,), or probabilities
+                (batch_size, num_labels), for `cross_entropy`, and for the accuracy.
+
+        Returns:
+            `loss`, `correct` (top-1 hits, 0 without labels) as sums over the batch; `entropy` (num_blocks,): summed
+            entropy of the attention relative to the uniform one, in [0, 1] each.
+        """
+        features = batch["features"] if "features" in batch else self.extract(batch)
+        logits, attention_maps = self._logits(features["view"], self.pooling)
+        labels = batch.get("labels")
+        if self.objective == "cross_entropy":
+            loss = self._supervised(logits, labels)
+        else:
+            with torch.no_grad():
+                teacher, _ = self._logits(features["view"], "gap")
+            loss = self._divergence(teacher, logits)
+            if self.uses_masks:
+                masked, _ = self._logits(features["masked"], self.pooling)
+                target = teacher.sigmoid() if self.multi_label else teacher.argmax(-1)
+                loss = loss + self._supervised(masked, target)
+        return {"loss": loss, "correct": _correct(logits, labels), "entropy": attention_entropy(attention_maps)}
+
+    def _logits(self, features: Features, pooling: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        feature_maps, cls_token = features
+        pooled, attention_maps = self.model.castream.pool_features(feature_maps, pooling)
+        return self.model.classify(pooled, cls_token).float(), attention_maps
+
+    def _supervised(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        if self.multi_label:
+            return F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").mean(-1).sum()
+        return F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
+
+    def _divergence(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        if not self.multi_label:
+            return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        both = [
+            F.kl_div(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher), reduction="none", log_target=True)
+            for sign in (1, -1)
+        ]
+        return sum(both).mean(-1).sum()
+
+
+def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
+    """Random soft masks in [0, 1]: noise, bicubic to the feature maps' size, ReLU, min-max, bilinear to the image's.
+
+    Args:
+        noise: (batch_size, rows, columns).
+
+    Returns:
+        (batch_size, 1, *image_size).
+    """
+    maps = F.interpolate(noise[:, None], map_size, mode="bicubic", align_corners=False).relu()
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    maps = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    return F.interpolate(maps, image_size, mode="bilinear", align_corners=False)
+
+
+def attention_entropy(attention_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Entropy of each block's attention over ln(positions), so 1 is uniform; summed over the batch, mean over heads.
+
+    Args:
+        attention_maps: one per block, (batch_size, num_heads, height_l, width_l).
+
+    Returns:
+        (num_blocks,), float32, without gradient.
+    """
+    entropies = []
+    for attention in attention_maps:
+        flat = attention.detach().float().flatten(2)
+        entropy = torch.special.entr(flat).sum(-1).mean(1)
+        entropies.append(entropy.sum() / torch.tensor(float(max(2, flat.shape[-1]))).log())
+    return torch.stack(entropies)
+
+
+def _correct(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Number of images whose most probable class is a label; a mixed image counts as its stronger one."""
+    if labels is None:
+        return logits.new_zeros(())
+    predicted = logits.argmax(-1)
+    if labels.ndim == 1:
+        return (predicted == labels).sum().float()
+    strongest = labels.amax(-1, keepdim=True)
+    return (labels.gather(1, predicted[:, None]) >= strongest.clamp(min=1e-6)).sum().float()

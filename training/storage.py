@@ -1,0 +1,113 @@
+"""Writing files that are whole or absent, whatever happens meanwhile."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+PARTIAL = ".partial"  # suffix of what is being written; anything that bears it at the start of a run is a dead run's
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name `final` when it is complete and not before; an older one is replaced.
+
+    Raises:
+        OSError: where it cannot be written (no space left, no permission), naming it; nothing is left behind.
+    """
+    partial = final.with_name(final.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                _flush(path)
+        old = final.with_name(final.name + ".old" + PARTIAL)
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            os.replace(final, old)
+        os.replace(partial, final)
+        shutil.rmtree(old, ignore_errors=True)
+    except Exception as error:
+        raise _explain(error, final) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: where it cannot be written, naming it.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _explain(error, path) from error
+
+
+def write_json(path: Path, value) -> None:
+    """Write a JSON file whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path):
+    """What a JSON file holds."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a dead run was writing below a folder; put an older folder back that it was replacing."""
+    for path in sorted(folder.rglob(f"*{PARTIAL}")):
+        if path.name.endswith(f".old{PARTIAL}"):
+            final = path.with_name(path.name.removesuffix(f".old{PARTIAL}"))
+            if not final.exists():
+                os.replace(path, final)
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def torch_bytes(value) -> bytes:
+    """What torch.save writes, in memory: written to disk by ourselves, a full disk is an OSError and says so."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _explain(error: Exception, path: Path) -> Exception:
+    """An I/O error as an OSError that names the file; safetensors and torch wrap theirs in kinds of their own."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    wrapped = type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in text
+    if not isinstance(error, OSError) and not (wrapped and ("os error" in text or "failed writing" in text)):
+        return error
+    reason = getattr(error, "strerror", None) or text
+    return OSError(f"cannot write {path}: {reason}; free some space there, or choose another --output_dir")

@@ -1,0 +1,92 @@
+"""Decoding and augmentation, on uint8 tensors, in the worker processes."""
+
+import io
+
+import fsspec
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as transforms
+
+# What decoding a broken or hostile file raises; anything else is a bug and must surface.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, UnidentifiedImageError)
+DECODING_ERRORS += (Image.DecompressionBombError,)
+MASK_GRID = 4  # cells of the noise that random masks are made of, FINDINGS' recipe A
+
+
+def decode_image(data: bytes) -> torch.Tensor:
+    """Decode an encoded image.
+
+    JPEG takes torchvision's decoder; what that cannot read (CMYK, a wrong extension), and every other format, PIL's.
+
+    Returns:
+        uint8 (3, height, width): grayscale, palette and CMYK images converted, transparency dropped.
+
+    Raises:
+        One of DECODING_ERRORS: on a truncated or unreadable image.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+        except RuntimeError:
+            pass
+    with Image.open(io.BytesIO(data)) as image:
+        return transforms.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def read_image(image: dict) -> torch.Tensor:
+    """Decode what `datasets` yields for an encoded image, `{"bytes", "path"}`; see `decode_image`."""
+    data = image["bytes"]
+    if data is None:
+        with fsspec.open(image["path"], "rb") as file:
+            data = file.read()
+    return decode_image(data)
+
+
+class ImageTransform:
+    """From a decoded image to the network's input size, as uint8.
+
+    Args:
+        image_processor: whose `size`, `crop_size` and `resample` the evaluation's view follows.
+        augmentation: `"none"`: that view; `"flip"`: and a random flip; `"crop"`: a random resized crop and flip.
+    """
+
+    def __init__(self, image_processor, augmentation: str):
+        self.size, crop = _sizes(image_processor)
+        interpolation = InterpolationMode(Image.Resampling(image_processor.resample or 2).name.lower())
+        if augmentation == "crop":
+            steps = [transforms.RandomResizedCrop(crop or self.size, interpolation=interpolation, antialias=True)]
+        else:
+            steps = [transforms.Resize(self.size, interpolation=interpolation, antialias=True)]
+            steps += [transforms.CenterCrop(crop)] if crop else []
+        if augmentation in ("flip", "crop"):
+            steps.append(transforms.RandomHorizontalFlip())
+        self.transform = transforms.Compose(steps)
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """uint8 (3, height, width) of any size -> uint8 (3, crop height, crop width)."""
+        return self.transform(image).contiguous()
+
+
+def _sizes(image_processor) -> tuple[int | list[int], list[int] | None]:
+    """torchvision's arguments for a processor's resizing and cropping."""
+    size = dict(image_processor.size)
+    crop = dict(image_processor.crop_size) if getattr(image_processor, "do_center_crop", False) else None
+    crop_pct = getattr(image_processor, "crop_pct", None)
+    if size.get("height"):
+        resized = [size["height"], size["width"]]
+    elif crop_pct and size["shortest_edge"] < 384:  # ConvNeXt's processor: resize to more, then crop to the size
+        crop = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+        resized = int(size["shortest_edge"] / crop_pct)
+    elif crop_pct:
+        resized = [size["shortest_edge"]] * 2
+    else:
+        resized = size["shortest_edge"]
+    return resized, [crop["height"], crop["width"]] if crop else None
+
+
+def random_mask_noise(generator: torch.Generator) -> torch.Tensor:
+    """What a sample's random mask is made from: normal noise (MASK_GRID, MASK_GRID)."""
+    return torch.randn(MASK_GRID, MASK_GRID, generator=generator)
