@@ -47,8 +47,8 @@ def pooled_layer(model: CAStreamForImageClassification) -> nn.Module:
 def masking_layer(model: CAStreamForImageClassification) -> tuple[str, nn.Module]:
     """The layer whose channels Score-CAM takes for masks: name and module.
 
-    The neck's, or stage 1's, of which ResNet-50 has 256: its last 2048 cost as much each and keep a peer busy for minutes
-    an image.
+    The neck's, or stage 1's, of which ResNet-50 has 256: its last 2048 cost as much each, and keep a peer busy for
+    minutes an image.
     """
     if model.config.neck_layers:
         return "neck", model.castream.neck
