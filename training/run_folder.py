@@ -9,7 +9,6 @@ logs/           what the tracker wrote
 bad_images.txt  what did not decode, if anything
 """
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -97,8 +96,7 @@ class RunFolder:
         self._lock.release()  # its file stays: whoever waits for it has it open
 
     def note_bad_images(self, keys: list[str]) -> None:
-        """Add to the list of images that did not decode."""
-        with open(self.bad_images, "a", encoding="utf-8") as file:
-            file.writelines(f"{key}\n" for key in keys)
-            file.flush()
-            os.fsync(file.fileno())
+        """Add to the list of images that did not decode; an image that several epochs met stands there once."""
+        known = self.bad_images.read_text(encoding="utf-8").split() if self.bad_images.is_file() else []
+        if new := [key for key in dict.fromkeys(keys) if key not in known]:
+            write_file(self.bad_images, "".join(f"{key}\n" for key in (*known, *new)).encode())
