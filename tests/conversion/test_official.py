@@ -81,7 +81,7 @@ def test_the_gap_path_is_the_plain_network(converted):
 @pytest.mark.parametrize(
     "architecture",
     [
-        pytest.param(name, marks=() if name in PARAMETERS or name == "resnet18_final" else pytest.mark.slow)
+        pytest.param(name, marks=() if name in (*PARAMETERS, "resnet18_final") else pytest.mark.slow)
         for name in ARCHITECTURES
     ],
 )
