@@ -22,14 +22,13 @@ from .mapping import STREAM, load_renamed, rename
 from .preprocessing import labels
 from .source import Rules
 from .torchvision_families import ARCHITECTURES as NETWORKS
-from .torchvision_families import adapt_state, describe, torchvision_processor
+from .torchvision_families import adapt_state, describe, num_classes, torchvision_processor
 
 ARCHITECTURES = (
     *(f"{name}_stream" for name in NETWORKS),
     *(f"{name}_final" for name in NETWORKS if name.startswith("resnet")),
 )
 _RESNET_BLOCKS = ("base", "l1", "l2", "l3", "l4")
-_CLASSIFIERS = {"resnet": "fc.weight", "convnext": "classifier.2.weight", "efficientnet": "classifier.1.weight"}
 
 
 def _stream_layers(network: str) -> list[str] | None:
@@ -57,12 +56,9 @@ def _stream_rules(network: str, variant: str) -> Rules:
 
 def _config(architecture: str, state: dict[str, torch.Tensor], num_attention_heads: int) -> CAStreamConfig:
     network, _, variant = architecture.rpartition("_")
-    classifier = state.get(_CLASSIFIERS[network.split("_")[0].rstrip("0123456789")])
-    if classifier is None:
-        raise ValueError("it has no classifier")
     return CAStreamConfig(
         **describe(network)[0],
-        **labels(len(classifier)),
+        **labels(num_classes(network, state)),
         variant=variant,
         stream_layers=_stream_layers(network),
         num_attention_heads=num_attention_heads,

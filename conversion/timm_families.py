@@ -102,7 +102,7 @@ SUPPORTED = ", ".join(names for names, _ in FAMILIES.values())
 _WITHOUT_POOLING = {
     "VGG": "its classifier reads every position of the last feature map with weights of its own",
     "VisionTransformer": "its classifier reads the CLS token",
-    "Deit": "its classifier reads the CLS token",
+    "VisionTransformerDistilled": "its classifier reads the CLS token",
 }
 
 
@@ -145,6 +145,26 @@ def _create(name: str, checkpoint: str | None, positional: bool) -> nn.Module:
     return load_into(timm.create_model(name, num_classes=len(state[classifier])), state, checkpoint, name)
 
 
+def _family(name: str) -> str:
+    """Class of a timm network, one of `FAMILIES`."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
+    with torch.device("meta"):
+        family = type(timm.create_model(name)).__name__
+    if family in _WITHOUT_POOLING:
+        raise ValueError(f"timm:{name} has no global average pooling to replace: {_WITHOUT_POOLING[family]}.")
+    if family not in FAMILIES:
+        raise ValueError(f"timm:{name} ({family}) is not supported. Supported timm families: {SUPPORTED}.")
+    return family
+
+
+def _backbone_config(name: str) -> TimmBackboneConfig:
+    """timm's network without its classifier, all stages."""
+    with torch.device("meta"):
+        num_stages = len(timm.create_model(name, features_only=True).feature_info.info)
+    return TimmBackboneConfig(backbone=name.split(".")[0], out_indices=list(range(num_stages)))
+
+
 def load_timm(name: str, checkpoint: str | None = None, positional: bool = False) -> Source:
     """Describe a timm classifier.
 
@@ -156,14 +176,7 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
     Raises:
         ValueError: on a family that is not supported, or weights that can't be had.
     """
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
-    with torch.device("meta"):
-        family = type(timm.create_model(name)).__name__
-    if family in _WITHOUT_POOLING:
-        raise ValueError(f"timm:{name} has no global average pooling to replace: {_WITHOUT_POOLING[family]}.")
-    if family not in FAMILIES:
-        raise ValueError(f"timm:{name} ({family}) is not supported. Supported timm families: {SUPPORTED}.")
+    family = _family(name)
     model = _create(name, checkpoint, positional)
     layers, rules = FAMILIES[family][1](model)
     classifier = model.pretrained_cfg["classifier"].replace(".", r"\.")
@@ -173,16 +186,13 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
         (r"^", TIMM_BACKBONE),
         (r"^(\w+)\.(\w+)\.", rf"{TIMM_BACKBONE}\1_\2."),  # features_only flattens Sequentials by one level
     ]
-    with torch.device("meta"):
-        num_stages = len(timm.create_model(name, features_only=True).feature_info.info)
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
-    backbone = TimmBackboneConfig(backbone=name.split(".")[0], out_indices=list(range(num_stages)))
     return Source(
         family=f"timm {FAMILIES[family][0]}",
         model=model,
         config={
-            "backbone_config": backbone,
+            "backbone_config": _backbone_config(name),
             "neck_layers": [],
             "head_layers": [],
             **layers,

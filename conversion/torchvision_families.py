@@ -34,6 +34,7 @@ _EFFICIENTNETS = {  # channels after the head convolution, epsilon of batch norm
     "efficientnet_b6": (2304, 1e-3),
     "efficientnet_b7": (2560, 1e-3),
 }
+_CLASSIFIERS = {"resnet": "fc.weight", "convnext": "classifier.2.weight", "efficientnet": "classifier.1.weight"}
 _TIMM_EPS = 1e-5  # of timm's efficientnet_b0..b7
 ARCHITECTURES = (*_RESNETS, *_CONVNEXTS, *_EFFICIENTNETS)
 _WITHOUT_POOLING = {
@@ -119,6 +120,18 @@ def describe(name: str) -> tuple[dict, Rules]:
     return {"backbone_config": backbone, "neck_layers": neck}, _EFFICIENTNET_RULES
 
 
+def num_classes(name: str, state: dict[str, torch.Tensor]) -> int:
+    """Outputs of the classifier in the weights of one of `ARCHITECTURES`.
+
+    Raises:
+        ValueError: where there is none under the name it has in that network.
+    """
+    key = _CLASSIFIERS[name.split("_")[0].rstrip("0123456789")]
+    if key not in state:
+        raise ValueError(f"it has no {key}")
+    return len(state[key])
+
+
 def adapt_state(name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights of one of `ARCHITECTURES` in the form its counterpart takes.
 
@@ -144,6 +157,24 @@ def torchvision_processor(name: str, checkpoint: str | Path | None = None):
     return image_processor(preset.resize_size, crop, preset.interpolation.value, preset.mean, preset.std)
 
 
+def _from_checkpoint(name: str, checkpoint: str | Path) -> torch.nn.Module:
+    state = load_checkpoint(checkpoint)
+    try:
+        model = torchvision.models.get_model(name, num_classes=num_classes(name, state))
+    except ValueError as error:
+        raise ValueError(f"{checkpoint} does not fit {name}: {error}.") from None
+    return load_into(model, state, checkpoint, name)
+
+
+def _download(name: str, weights) -> torch.nn.Module:
+    try:
+        return torchvision.models.get_model(name, weights=weights).eval()
+    except Exception as error:  # whatever the network makes of it
+        raise ValueError(
+            f"the weights of torchvision:{name} could not be downloaded ({error}): name a file with --checkpoint FILE."
+        ) from None
+
+
 def load_torchvision(name: str, checkpoint: str | Path | None = None) -> Source:
     """Describe a torchvision classifier.
 
@@ -164,32 +195,17 @@ def load_torchvision(name: str, checkpoint: str | Path | None = None) -> Source:
         )
     if checkpoint is None:
         weights = list(torchvision.models.get_model_weights(name))[-1]
-        try:
-            model = torchvision.models.get_model(name, weights=weights).eval()
-        except Exception as error:  # whatever the network makes of it
-            raise ValueError(
-                f"the weights of torchvision:{name} could not be downloaded ({error}): "
-                "name a file with --checkpoint FILE."
-            ) from None
-        checkpoint = weights.url
+        model, checkpoint = _download(name, weights), weights.url
     else:
-        state = load_checkpoint(checkpoint)
-        classifier = [key for key in state if key.endswith("weight")][-1:]
-        model = torchvision.models.get_model(name, num_classes=len(state[classifier[0]]) if classifier else 1000)
-        model = load_into(model, state, checkpoint, name)
+        model = _from_checkpoint(name, checkpoint)
     config, rules = describe(name)
     transform = published_weights(name, checkpoint).transforms()
     return Source(
         family=f"torchvision {name.rstrip('0123456789').split('_')[0]}",
         model=model,
-        config={**config, **labels(_num_classes(model))},
+        config={**config, **labels(num_classes(name, model.state_dict()))},
         rules=rules,
         image_processor=torchvision_processor(name, checkpoint),
         transform=lambda images: torch.stack([transform(image) for image in images]),
         state=adapt_state(name, model.state_dict()),
     )
-
-
-def _num_classes(model: torch.nn.Module) -> int:
-    """Outputs of the last linear layer."""
-    return [module.out_features for module in model.modules() if isinstance(module, torch.nn.Linear)][-1]

