@@ -16,16 +16,15 @@ from dataclasses import asdict
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from evaluation import EvaluationSettings, evaluate_saliency
 from publishing import publish, write_model_card
 from training.arguments import TrainingArguments, parse_arguments
-from training.data import ReaderSettings, StreamLoader
+from training.average_precision import score_held_out
 from training.dataset import Split, open_split
 from training.ema import Ema
-from training.features import CachedLoader, build_cache
-from training.heldout import HeldOut, measure_entropy, pixel_batches
+from training.heldout import HeldOut, measure_entropy
 from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
 from training.mixing import Mixer
 from training.model import (
@@ -34,17 +33,15 @@ from training.model import (
     load_model,
     parameter_groups,
     save_model,
-    set_classifier,
     starting_model,
 )
 from training.objectives import Objective
-from training.probe import fit_linear_classifier, pooled_features
+from training.preparation import cache_features, fit_classifier, make_loader, watched_images
 from training.progress import Keeper
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
-from training.sharding import ShardPlan
 from training.steps import backward, take, to_device, total
-from training.storage import read_json
+from training.storage import read_json, write_json
 from training.transforms import ImageTransform
 from training.watching import Watch, check_loss, note_bad_images
 
@@ -55,6 +52,7 @@ ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is repo
 def main(args: TrainingArguments) -> None:
     started = time.time()
     interruption = Interruption()
+    disable_progress_bar()  # transformers shows one for every file of weights
     accelerator = start_accelerator(args)
     folder = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()
@@ -120,10 +118,10 @@ def train(
     loader, layout, num_rows = make_loader(args, accelerator, split, image_processor, model.config.num_labels)
     if args.cache_features:
         loader = cache_features(args, accelerator, folder, objective, loader, layout, num_rows, interruption)
-        layout, num_rows = layout | {"cached": True}, len(loader)
+        num_rows = len(loader)
     if unfitted:
         fit_classifier(args, accelerator, folder, objective, loader, image_processor)
-    watched = watch_images(accelerator, objective, held_out, image_processor)
+    watched = watched_images(accelerator, objective, held_out, image_processor, ENTROPY_IMAGES)
     entropy_before = measure_entropy(model, watched)
     if args.compile_backbone:
         model.castream.backbone.compile()
@@ -202,78 +200,15 @@ def is_complete(args: TrainingArguments, progress) -> bool:
     return progress.epoch >= args.epochs or bool(args.max_steps and progress.step >= args.max_steps)
 
 
-def make_loader(args: TrainingArguments, accelerator: Accelerator, split: Split, image_processor, num_labels: int):
-    """The loader of this process, what its places depend on, and the number of images in the split."""
-    num_rows = args.train_examples or split.num_rows
-    if num_rows is None:
-        raise ValueError("the dataset does not tell its size: give the number of its training images, train_examples.")
-    workers = args.num_workers
-    if workers is None:
-        workers = min(8, max(0, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
-    world = accelerator.num_processes
-    plan = ShardPlan(split.stream.num_shards, world, max(1, workers), args.seed, by_rows=split.unsplittable)
-    accelerator.print(f"data: {plan.describe(num_rows)}")
-    settings = ReaderSettings(args.batch_size, args.shuffle_window, args.interleave, args.views, num_labels, args.seed)
-    transform = ImageTransform(image_processor, args.augmentation)
-    loader = StreamLoader(split, plan, accelerator.process_index, transform, settings, in_process=workers == 0)
-    layout = {
-        "processes": world,
-        "readers": plan.busy_workers,
-        "batch_size": args.batch_size,
-        "shards": plan.num_shards,
-    }
-    return loader, layout, num_rows
-
-
-def cache_features(args, accelerator, folder, objective, loader, layout, num_rows, interruption) -> CachedLoader:
-    """Run the backbone over every view once, and keep what it says."""
-    main = accelerator.is_main_process
-
-    def advance(images: int) -> None:
-        bar.update(images * accelerator.num_processes)
-        if interruption.requested:
-            raise InterruptedRun("stopped while caching features: the same command goes on from there")
-
-    bar = tqdm(total=num_rows * args.views, unit="img", desc="caching features", disable=not main)
-    with bar, accelerator.autocast():
-        build_cache(
-            folder.features,
-            objective,
-            loader,
-            views=args.views,
-            rank=accelerator.process_index,
-            key=layout,
-            limit_bytes=args.cache_limit_gib * 2**30,
-            num_rows=num_rows,
-            on_batch=advance,
-        )
-    accelerator.wait_for_everyone()
-    world, rank = accelerator.num_processes, accelerator.process_index
-    return CachedLoader(folder.features, args.views, rank, world, args.batch_size, args.seed)
-
-
-def fit_classifier(args, accelerator, folder, objective, loader, image_processor) -> None:
-    """Give the model a linear classifier for the dataset's classes, fitted to its GAP features."""
-    model = objective.model
-    batches = (to_device(batch, accelerator.device) for batch, _ in loader.epoch(0))
-    features, labels = pooled_features(accelerator, model, batches, objective)
-    set_classifier(model, *fit_linear_classifier(features, labels, model.config.num_labels, args.classifier_l2))
-    accelerator.print(f"fitted a linear classifier for {model.config.num_labels} classes to {len(labels)} images")
-    if accelerator.is_main_process:
-        save_model(folder.initial, model, image_processor)
-    accelerator.wait_for_everyone()
-
-
-def watch_images(accelerator, objective, held_out: HeldOut | None, image_processor) -> list[torch.Tensor]:
-    """A few held-out images, on which the attention's entropy is measured before and after."""
-    if held_out is None:
-        return []
-    batches = pixel_batches(held_out, ImageTransform(image_processor, "none"), ENTROPY_IMAGES)
-    return [objective.normalize(to_device(batch, accelerator.device)) for batch in batches]
-
-
 def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_out: HeldOut) -> None:
     """GAP and CA side by side on held-out images."""
+    if held_out.split.multi_label:
+        objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
+        transform = ImageTransform(image_processor, "none")
+        scores = score_held_out(accelerator, objective, held_out, transform, args.batch_size)
+        accelerator.print("mean average precision: GAP {gap:.2f}, CA {ca:.2f}, on {images} images".format(**scores))
+        if accelerator.is_main_process:
+            write_json(folder.path / "mean_average_precision.json", scores)
     masks = ("mask_share", "pointing_game") if held_out.has_masks else ()
     settings = EvaluationSettings(
         methods=tuple(args.evaluation_methods),

@@ -45,22 +45,23 @@ def to_html(explanation: Explanation, colors: np.ndarray, opacity: float, depth:
     groups = []
     for title in dict.fromkeys(one.title for one in explanation.maps):
         figures = [_figure(one, explanation, colors) for one in explanation.maps if one.title == title]
-        groups.append(f'<div class="method"><h3>{title}</h3><div class="pair">{"".join(figures)}</div></div>')
+        groups.append(_group(title, figures))
     depths = [
         _figure(one, explanation, colors, hidden=number != depth, number=number)
         for number, one in enumerate(explanation.attention, start=1)
     ]
     original = '<figure><div class="photo"></div><figcaption>the image</figcaption></figure>'
-    groups.insert(
-        0,
-        f'<div class="method"><h3>{explanation.attention_title}</h3><div class="pair">{original}{"".join(depths)}</div></div>',
-    )
+    groups.insert(0, _group(explanation.attention_title, [original, *depths]))
     ratio = f"{explanation.photo.width} / {explanation.photo.height}"
     return (
         f'<section id="explanation" style="--opacity: {opacity}; --ratio: {ratio}; --photo: url({photo})">'
         f'<h2>What speaks for “{label}”?</h2><div class="methods">{"".join(groups)}</div>'
         f"{_legend(colors, explanation)}<p>{HOW_TO_READ}</p></section>"
     )
+
+
+def _group(title: str, figures: list[str]) -> str:
+    return f'<div class="method"><h3>{title}</h3><div class="pair">{"".join(figures)}</div></div>'
 
 
 def _figure(

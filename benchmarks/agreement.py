@@ -15,11 +15,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.networks import NETWORKS, images, pooled_layer
+from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, LogProbability, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
 
-HEAVY_SIZE = 96  # pixels of the images of methods that pass each channel through the network
+HEAVY_SIZE = 64  # pixels of the images of methods that pass each channel through the network
 LOW = {"upsample": False}
 SIGNED = {"upsample": False, "relu": False, "normalize": False}
 
@@ -123,8 +123,11 @@ def difference(row: Row, model: nn.Module, pixel_values: torch.Tensor, target: l
         for part in (peer_model.classifier.weight, peer_model.classifier.bias):
             part.mul_(row.scale)
         ours_model = copy.deepcopy(peer_model)
-    theirs = row.run(Logits(peer_model, pooling), pooled_layer(peer_model), pixel_values, target)
-    ours = explain(ours_model, pixel_values, target, row.method, pooling, **row.options)
+    name, layer = -1, pooled_layer(peer_model)
+    if row.method == "score_cam":
+        name, layer = masking_layer(peer_model)
+    theirs = row.run(Logits(peer_model, pooling), layer, pixel_values, target)
+    ours = explain(ours_model, pixel_values, target, row.method, pooling, layer=name, **row.options)
     if row.rescaled:
         low, high = ours.amin((1, 2), keepdim=True), ours.amax((1, 2), keepdim=True)
         ours = (ours - low) / (high - low).clamp_min(1e-7)

@@ -44,6 +44,17 @@ def pooled_layer(model: CAStreamForImageClassification) -> nn.Module:
     return model.castream.neck if model.config.neck_layers else model.castream.backbone.encoder.stages[-1]
 
 
+def masking_layer(model: CAStreamForImageClassification) -> tuple[str, nn.Module]:
+    """The layer whose channels Score-CAM takes for masks: name and module.
+
+    The neck's, or stage 1's, of which ResNet-50 has 256: its last 2048 cost as much each, and keep a peer busy for
+    minutes an image.
+    """
+    if model.config.neck_layers:
+        return "neck", model.castream.neck
+    return "stage1", model.castream.backbone.encoder.stages[0]
+
+
 def images(count: int, size: int = 224) -> torch.Tensor:
     """Normalised photos if there are any, else smooth noise: (count, 3, size, size)."""
     photos = sorted(path for path in Path(SAMPLE).rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))[

@@ -20,14 +20,12 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.networks import NETWORKS, images, pooled_layer
+from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
 from modeling_castream.saliency_castream import explain_features, extract
 
 POOLINGS = ("gap", "ca")
-# Channels of ResNet-50's last layer would keep a peer busy for minutes an image; those of stage 1 cost as much each.
-SCORE_CAM_LAYERS = {"ResNet-50": "stage1", "EfficientNet-Lite0": "neck"}
 
 
 def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -59,9 +57,9 @@ def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
 
 def score_cam_contenders(network: str) -> dict[str, Callable]:
     """Score-CAM of one image under both poolings; the peer knows no poolings, and runs twice."""
-    model, pixel_values, name = NETWORKS[network](), images(1), SCORE_CAM_LAYERS[network]
+    model, pixel_values = NETWORKS[network](), images(1)
     target = forward(model, pixel_values).argmax(-1)
-    layer = pooled_layer(model) if name == "neck" else model.castream.backbone.encoder.stages[0]
+    name, layer = masking_layer(model)
 
     def castream(**options):
         return explain_features(extract(model, pixel_values), target, "score_cam", POOLINGS, layer=name, **options)
@@ -77,15 +75,15 @@ def score_cam_contenders(network: str) -> dict[str, Callable]:
     }
 
 
-def take_turns(contenders: dict[str, Callable], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of every contender in every round, after one round that does not count."""
+def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of every contender in every round after those of `warm_up`."""
     names, seconds = list(contenders), {name: [] for name in contenders}
-    for index in range(rounds + 1):
+    for index in range(warm_up + rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter(), time.process_time()
             contenders[name]()
-            if index:
+            if index >= warm_up:
                 seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return seconds
 
@@ -145,9 +143,9 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     for network in options.networks:
-        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds)
+        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
         report("grad_cam", network, seconds, options)
-        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds)
+        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds, warm_up=0)  # hundreds of passes
         report("score_cam", network, seconds, options)
         print(
             f"\nscore_cam, {network}: correlation of the bfloat16 maps with the float32 ones {correlation(network):.5f}"

@@ -11,7 +11,6 @@ from transformers.utils import logging
 from .classifier import load_source, write_classifier
 from .files import check_free
 from .official import ARCHITECTURES, write_official
-from .onnx_export import export_onnx
 
 _MOST_IMAGES = 8  # of --images that are compared
 
@@ -56,6 +55,10 @@ def _official(arguments: argparse.Namespace) -> str:
 
 
 def _onnx(arguments: argparse.Namespace) -> str:
+    try:
+        from .onnx_export import export_onnx  # its packages come with the extra "onnx" only
+    except ImportError as error:
+        raise ValueError(f"ONNX export needs {error.name}: pip install 'castream[onnx]'.") from None
     difference = export_onnx(
         arguments.model, arguments.output, pooling=arguments.pooling, fixed_size=arguments.fixed_size
     )

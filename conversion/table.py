@@ -32,6 +32,7 @@ from transformers.utils import logging
 
 from .classifier import load_source, write_classifier
 from .parity import example_images
+from .torchvision_families import published_weights
 
 _LABELS = 7
 _SIZE = 64
@@ -124,8 +125,12 @@ def _transformers_folder(family: str, folder: Path) -> tuple[str, None]:
 
 def _checkpoint_file(create: Callable[..., nn.Module], source: str, folder: Path) -> tuple[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
-    model = create(source.partition(":")[2], num_classes=_LABELS)
-    size = model.pretrained_cfg["input_size"][-1] if hasattr(model, "pretrained_cfg") else 224
+    kind, _, name = source.partition(":")
+    model = create(name, num_classes=_LABELS)
+    if kind == "timm":
+        size = model.pretrained_cfg["input_size"][-1]
+    else:
+        size = published_weights(name).transforms().crop_size[0]
     torch.save(randomise(model, size).state_dict(), folder / "weights.pth")
     return source, str(folder / "weights.pth")
 

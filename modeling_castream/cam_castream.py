@@ -51,19 +51,19 @@ def grad_cam_plus_plus(feature_map: torch.Tensor, gradients: torch.Tensor) -> to
 
 
 def hires_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """sum_k g_k(p) A_k(p). Source: HiResCAM, arXiv:2011.08891v4, Eq. 4."""
+    """sum_k g_k(p) A_k(p). Source: HiResCAM, arXiv:2011.08891."""
     return (gradients * feature_map).sum(1)
 
 
 def layer_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """sum_k relu(g_k(p)) A_k(p). Source: LayerCAM, doi:10.1109/TIP.2021.3089943, Eqs. 5-7."""
+    """sum_k relu(g_k(p)) A_k(p). Source: LayerCAM, doi:10.1109/TIP.2021.3089943."""
     return (gradients.relu() * feature_map).sum(1)
 
 
 def xgrad_cam(feature_map: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """w_k = sum_p g_k(p) A_k(p) / sum_p A_k(p), 0 for a zero denominator.
 
-    Source: XGrad-CAM, arXiv:2008.02312v4, Eq. 8.
+    Source: XGrad-CAM, arXiv:2008.02312.
     """
     total = feature_map.sum((2, 3))
     weights = (gradients * feature_map).sum((2, 3)) / torch.where(total == 0, 1, total)
@@ -74,7 +74,7 @@ def eigen_cam(feature_map: torch.Tensor) -> torch.Tensor:
     """A's projection on its first right singular vector, positions being rows; not centred, the same for all classes.
 
     The sign of a singular vector is arbitrary: here the map's sum is not negative. Non-finite items yield NaN.
-    Source: Eigen-CAM, arXiv:2008.00299v1, Eqs. 3-4.
+    Source: Eigen-CAM, arXiv:2008.00299.
     """
     rows = feature_map.flatten(2).transpose(1, 2).double()  # (batch, positions, channels)
     finite = rows.isfinite().all((1, 2), keepdim=True)
@@ -92,6 +92,9 @@ def eigen_cam(feature_map: torch.Tensor) -> torch.Tensor:
 
 def attention_terms(direction: torch.Tensor, feature_map: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
     """The terms of logit_c = bias + sum_p a(p) v_c . F(p).
+
+    With layers between pooling and linear classifier, v_c is W_L^T times the gradient at the pooled vector, and the
+    terms add up to the logit's linearization there.
 
     Args:
         direction: v_c = W_L^T w_c, (batch_size, num_channels).

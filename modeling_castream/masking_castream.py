@@ -32,7 +32,7 @@ def score_cam_weights(
     that is constant over the image has the mask 0; all such channels share one black image.
 
     Differs from paper: no baseline's score is subtracted and the weights do not go through a softmax over channels, as
-    in the authors' code of CA-Stream. Source: Score-CAM, arXiv:1910.01279v2, Eqs. 5-6 and Algorithm 1.
+    in the authors' code of CA-Stream. Source: Score-CAM, arXiv:1910.01279v2, Algorithm 1.
 
     Args:
         features: what `extract` returned.
@@ -110,7 +110,7 @@ def ablation_cam_weights(
     The stream's last query comes from shallower maps and stays; its attention to the last map is taken anew.
 
     Differs from paper: |y|, not y, as a negative logit would turn the map upside down.
-    Source: Ablation-CAM, doi:10.1109/WACV45572.2020.9093360, Eq. 3.
+    Source: Ablation-CAM, doi:10.1109/WACV45572.2020.9093360.
 
     Args:
         target: (batch_size,).

@@ -5,9 +5,9 @@ import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
-from safetensors import safe_open
 
 from .results import check_results, describe_results, to_eval_results
+from .weights import count_values, fingerprint
 
 TEMPLATE = Path(__file__).parent.parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
@@ -43,34 +43,19 @@ def read_json(path: Path) -> dict | None:
     return content
 
 
-def count_parameters(model_dir: Path) -> tuple[int, int] | None:
-    """Parameters and buffers in a folder's safetensors: all, and the stream's. None where there are no weights yet."""
-    total = stream = 0
-    files = sorted(model_dir.glob("*.safetensors"))
-    for file in files:
-        with safe_open(file, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - safe_open is no mapping
-                size = 1
-                for length in weights.get_slice(key).get_shape():
-                    size *= length
-                total += size
-                stream += size if ".stream." in f".{key}" else 0
-    return (total, stream) if files else None
-
-
 def _backbone_name(config: dict) -> str:
     backbone = config.get("backbone_config") or {}
     kind, name = backbone.get("model_type", "unknown"), backbone.get("backbone")
-    return f"timm's {name}" if name else f"A {kind}"
+    return f"timm's {name}" if name else kind
 
 
 def _facts(config: dict, model_dir: Path, base_model: list[str]) -> list[tuple[str, str]]:
     """Rows of the card's table about the architecture."""
-    facts = [("Backbone", ", ".join(base_model) or _backbone_name(config).removeprefix("A "))]
+    facts = [("Backbone", ", ".join(base_model) or _backbone_name(config))]
     facts.append(("Classes", str(len(config.get("id2label") or {}) or 2)))
     facts.append(("Stream", f"{config.get('variant')}, reading {', '.join(config.get('stream_layers') or [])}"))
     facts.append(("Heads, queries", f"{config.get('num_attention_heads')}, {config.get('query')}"))
-    counts = count_parameters(model_dir)
+    counts = count_values(model_dir)
     if counts is not None:
         facts.append(("Stored values", f"{counts[0]:,}, of which the stream {counts[1]:,}"))
     return facts
@@ -125,7 +110,12 @@ def render_model_card(
         model_name=name if eval_results else None,
         eval_results=eval_results,
     )
-    figures = sorted((model_dir / "figures").glob("*.png"), key=lambda path: (path.name not in CAPTIONS, path.name))
+    order = [*CAPTIONS]
+    rank = {
+        path: order.index(path.name) if path.name in CAPTIONS else len(order)
+        for path in model_dir.glob("figures/*.png")
+    }
+    figures = sorted(rank, key=lambda path: (rank[path], path.name))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -162,7 +152,8 @@ def write_model_card(
 
     Args:
         model_dir: folder with a CAStream config.json; pictures in its `figures/` are shown.
-        results: content of the evaluation's results.json; without any, the card says that nothing was measured.
+        results: content of the evaluation's results.json for this very model; without any, the card says that
+            nothing was measured.
         recipe: settings of the training run, name -> value, nested or not; None values are left out.
         repo_id: Hub id that the card's examples name; None: the folder's name.
         base_model: Hub id(s) of the pretrained classifier.
@@ -178,6 +169,7 @@ def write_model_card(
     model_dir = Path(model_dir)
     if results is not None:
         check_results(results)
+        results = results | {"weights": fingerprint(model_dir)}
         write_json(model_dir / "results.json", results)
     if recipe is not None:
         write_json(model_dir / "recipe.json", recipe)

@@ -1,12 +1,10 @@
 """The folder that goes to the Hub, assembled from a model folder: what is uploaded is exactly what was checked."""
 
-import hashlib
 import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor
 
@@ -15,6 +13,7 @@ from modeling_castream import CAStreamForImageClassification, CAStreamImageProce
 from .card import read_json, write_model_card
 from .figure import draw_example
 from .results import check_results
+from .weights import fingerprint
 
 FOREIGN_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "model.pt", "*.ckpt")
 RESULT_FIGURES = ("examples.png", "curves.png")
@@ -103,16 +102,7 @@ def load_image_processor(folder: Path) -> BaseImageProcessor:
         raise ValueError(f"{folder}'s image processor does not load: {' '.join(str(error).split())}") from error
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """The digest of a model's weights by which results.json says whose results it holds."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def read_results(publication: Publication, weights: str) -> dict | None:
+def read_results(publication: Publication) -> dict | None:
     """The results to publish, None without any.
 
     Raises:
@@ -126,8 +116,10 @@ def read_results(publication: Publication, weights: str) -> dict | None:
         return None
     check_results(results)
     model_dir, repo_id = publication.model_dir.resolve(), publication.repo_id
-    if "weights" in results:
-        belongs = results["weights"] == weights
+    # The evaluation keeps the digest of what it evaluated in the file that lets it go on where it was.
+    weights = results.get("weights") or (read_json(folder / "evaluation.json") or {}).get("weights")
+    if weights is not None:
+        belongs = weights == fingerprint(model_dir)
     else:
         belongs = Path(results["model"]).name in (model_dir.name, repo_id.split("/")[1])
     if not belongs:
@@ -161,7 +153,7 @@ def assemble(publication: Publication, folder: Path, max_shard_size: str = "5GB"
     model_dir = publication.model_dir
     check_model_dir(model_dir)
     model = load_model(model_dir)
-    results = read_results(publication, fingerprint(model))
+    results = read_results(publication)
     recipe = read_json(model_dir / "recipe.json")
     image_processor = load_image_processor(model_dir)
     model.save_pretrained(folder, max_shard_size=max_shard_size)

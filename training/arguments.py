@@ -62,6 +62,7 @@ class TrainingArguments:
     validation_split: str | None = option("validation", "split to evaluate on; none: no evaluation")
     image_column: str | None = option(None, "column of the images; none: found by its type")
     label_column: str | None = option(None, "column of the labels; none: found by its name")
+    class_names: tuple[str, ...] | None = option(None, "names of the classes, where the dataset does not tell them")
     train_examples: int | None = option(None, "size of the training split, where the dataset does not tell it")
     scenes_train: int = option(2000, "training images of the embedded scenes")
     scenes_validation: int = option(400, "held-out images of the embedded scenes")

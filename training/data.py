@@ -106,21 +106,15 @@ class ShardReader(IterableDataset):
         torch.default_generator.manual_seed(sample_seed(self.settings.seed, key, view))
         sample = {"key": key, "images": self.transform(pixels), "noise": random_mask_noise(torch.default_generator)}
         if self.split.label_column:
-            sample["labels"] = self._label(row[self.split.label_column], key)
+            sample["labels"] = self._label(row, key)
         return sample
 
-    def _label(self, value, key: str) -> torch.Tensor:
-        ids = value if self.split.multi_label else [value]
-        try:
-            ids = [int(entry) for entry in ids]
-        except (TypeError, ValueError):
-            raise ValueError(f"label {value!r} of sample {key} is not a class id") from None
-        wrong = [entry for entry in ids if not 0 <= entry < self.settings.num_labels]
-        if wrong:
-            raise ValueError(f"label {wrong[0]} of sample {key} is outside 0..{self.settings.num_labels - 1}")
+    def _label(self, row: dict, key: str) -> torch.Tensor:
+        """A class id, or with several labels an image 0/1 floats (num_labels,)."""
+        ids = torch.tensor(self.split.class_ids(row, key, self.settings.num_labels), dtype=torch.long)
         if not self.split.multi_label:
-            return torch.tensor(ids[0])
-        return torch.zeros(self.settings.num_labels).index_fill_(0, torch.tensor(ids, dtype=torch.long), 1.0)
+            return ids[0]
+        return torch.zeros(self.settings.num_labels).index_fill_(0, ids, 1.0)
 
     def _shuffled(self, worker: int, position: dict | None) -> Iterator[tuple[str, dict, dict]]:
         """Keys and rows in the order of the epoch, each with the position after it."""

@@ -34,6 +34,29 @@ class Split:
     num_rows: int | None
     unsplittable: bool
 
+    def class_ids(self, row: dict, key: str, num_labels: int | None = None) -> list[int]:
+        """Class ids of a row, one unless `multi_label`.
+
+        Args:
+            key: of the row, for messages.
+            num_labels: classes of the model; None: whatever the dataset says.
+
+        Raises:
+            ValueError: on a label that is no class of the dataset or the model.
+        """
+        value = row[self.label_column]
+        values = value if self.multi_label else [value]
+        ids = []
+        for entry in values if isinstance(values, (list, tuple)) else [values]:
+            if isinstance(entry, str) and not entry.isdigit():
+                entry = self.class_names.index(entry) if entry in (self.class_names or ()) else entry
+            if not isinstance(entry, int) and not str(entry).isdigit():
+                raise ValueError(f"label {entry!r} of sample {key} is not a class: name the classes as class_names")
+            if num_labels is not None and not 0 <= int(entry) < num_labels:
+                raise ValueError(f"label {entry} of sample {key} is outside 0..{num_labels - 1}")
+            ids.append(int(entry))
+        return ids
+
 
 def open_split(args: TrainingArguments, split: str, model_classes: int | None = None) -> Split:
     """Open one split of the run's dataset.
@@ -41,7 +64,7 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
     Raises:
         ValueError: on a dataset, split or column that is not there, or a split without a row; in one line.
     """
-    name, files = _resolve(args)
+    name, files = _resolve(args, split)
     try:
         available = load_dataset(name, args.dataset_config, streaming=True, **files)
     except Exception as error:  # datasets raises a dozen kinds, with the reason in the first line
@@ -64,14 +87,15 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
         stream = stream.reshard()
     row = next(iter(stream))
     names, multi_label = _classes(features, label_column)
+    names = list(args.class_names) if args.class_names else names
     only_paths = row[image_column].get("bytes") is None and stream.num_shards == 1
     return Split(
         stream, image_column, label_column, names, multi_label, _count(available, split, files, only_paths), only_paths
     )
 
 
-def _resolve(args: TrainingArguments) -> tuple[str, dict]:
-    """The builder's name and its files for `load_dataset`."""
+def _resolve(args: TrainingArguments, split: str) -> tuple[str, dict]:
+    """The builder's name and its files for `load_dataset`, the split's only: columns may differ."""
     if args.dataset_name is None:
         folder = write_scenes(seed=args.seed, num_train=args.scenes_train, num_validation=args.scenes_validation)
         return "parquet", {"data_files": scenes_data_files(folder)}
@@ -83,18 +107,25 @@ def _resolve(args: TrainingArguments) -> tuple[str, dict]:
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
         files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
         if files:
-            return builder, {"data_files": _by_split(files, folder, args)}
+            return builder, {"data_files": {split: _of_split(files, folder, args, split)}}
+    if (folder / split).is_dir():
+        return "imagefolder", {"data_files": {split: str(folder / split / "**")}}
     return "imagefolder", {"data_dir": str(folder)}
 
 
-def _by_split(files: list[str], folder: Path, args: TrainingArguments) -> dict[str, list[str]]:
-    """Files of each split, told by its name in the path below the folder; all are for training where none is."""
-    splits = {}
-    for split in filter(None, (args.train_split, args.validation_split)):
-        matching = [file for file in files if split in str(Path(file).relative_to(folder))]
-        if matching:
-            splits[split] = matching
-    return splits or {args.train_split: files}
+def _of_split(files: list[str], folder: Path, args: TrainingArguments, split: str) -> list[str]:
+    """Files of a split, told by its name in the path below the folder; all are for training where no name is found.
+
+    Raises:
+        ValueError: where files of the other split are found, and none of this one.
+    """
+    splits = [name for name in (args.train_split, args.validation_split) if name]
+    found = {name: [file for file in files if name in str(Path(file).relative_to(folder))] for name in splits}
+    if not any(found.values()) and split == args.train_split:
+        return files
+    if not found[split]:
+        raise ValueError(f"no file below {folder} has the split {split!r} in its name: set the name of the split.")
+    return found[split]
 
 
 def _first_line(error: BaseException) -> str:

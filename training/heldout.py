@@ -23,12 +23,12 @@ class HeldOut:
     def __iter__(self) -> Iterator[dict]:
         split = self.split
         for index, row in enumerate(split.stream):
-            yield {
-                "id": f"{self.name}-{index}",
-                "image": row[split.image_column],
-                "label": row[split.label_column] if split.label_column else None,
-                "mask": row.get(MASK_COLUMN),
-            }
+            key = f"{self.name}-{index}"
+            example = {"id": key, "image": row[split.image_column], "label": None, "mask": row.get(MASK_COLUMN)}
+            if split.label_column:
+                ids = split.class_ids(row, key)
+                example["label"] = ids if split.multi_label else ids[0]
+            yield example
 
     @property
     def has_masks(self) -> bool:

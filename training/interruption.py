@@ -1,10 +1,13 @@
 """Being told to stop: SIGTERM, SIGINT, or the launcher's death."""
 
+import ctypes
 import os
 import signal
+import sys
 
 EXIT_INTERRUPTED = 75  # sysexits' EX_TEMPFAIL: not finished, try again
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class InterruptedRun(Exception):
@@ -15,27 +18,23 @@ class Interruption:
     """Turns a signal into InterruptedRun: at once, or, while `deferred` is set, when the code asks for `requested`.
 
     A second signal ends the process. A launcher that is killed cannot pass a signal on, and its orphan would keep the
-    run's folder occupied: so a process started by one (`accelerate launch`, torchrun) stops when its parent is gone.
+    run's folder occupied: so a process started by one (`accelerate launch`, torchrun) asks Linux for a SIGTERM then.
     """
 
     def __init__(self):
-        self._requested = self.deferred = False
-        launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
-        self._parent = os.getppid() if launched else None
+        self.requested = self.deferred = False
         for number in _SIGNALS:
             signal.signal(number, self._handle)
+        launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+        if launched and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
     def _handle(self, number: int, frame) -> None:
-        self._requested = True
+        self.requested = True
         for each in _SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if not self.deferred:
             raise InterruptedRun("stopped: the same command goes on from here")
-
-    @property
-    def requested(self) -> bool:
-        """Whether to stop at the next opportunity."""
-        return self._requested or (self._parent is not None and os.getppid() != self._parent)
 
 
 def ignore_interruptions(worker: int) -> None:

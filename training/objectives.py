@@ -1,4 +1,4 @@
-"""What the stream is trained for (DESIGN section 2), as a module whose forward pass is the training step's.
+"""What the stream is trained for, as a module whose forward pass is the training step's.
 
     cross_entropy   CE(CA(x), y)                                                       needs labels
     distill         KL(GAP(x) || CA(x))                                                needs none

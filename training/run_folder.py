@@ -9,7 +9,6 @@ logs/           what the tracker wrote
 bad_images.txt  what did not decode, if anything
 """
 
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -80,28 +79,24 @@ class RunFolder:
                 raise ValueError(f"output_dir={self.path} holds something else ({strangers[0]}): choose another one.")
             return
         try:
-            there = yaml.safe_load(self._settings.read_text())
-            differing = [
-                name for name, value in asdict(args).items() if name not in FREE and there[name] != _plain(value)
-            ]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            there = dict(yaml.safe_load(self._settings.read_text()))
+        except (OSError, yaml.YAMLError, TypeError, ValueError):
             raise ValueError(f"{self._settings} cannot be read: choose another output_dir.") from None
-        if differing:
-            name = differing[0]
-            raise ValueError(
-                f"output_dir={self.path} holds another run ({name} is {there[name]!r} there, {getattr(args, name)!r} "
-                "here): choose another output_dir, or delete that one."
-            )
+        for name, value in asdict(args).items():
+            found = there.get(name, "absent")
+            if name not in FREE and found != _plain(value):
+                raise ValueError(
+                    f"output_dir={self.path} holds another run ({name} is {found!r} there, {value!r} here): choose "
+                    "another output_dir, or delete that one."
+                )
 
     def release(self) -> None:
         """Give the folder free and tidy up what only a running training needs."""
         shutil.rmtree(self.features, ignore_errors=True)
-        self._lock.release()
-        (self.path / ".lock").unlink(missing_ok=True)
+        self._lock.release()  # its file stays: whoever waits for it has it open
 
     def note_bad_images(self, keys: list[str]) -> None:
-        """Add to the list of images that did not decode."""
-        with open(self.bad_images, "a", encoding="utf-8") as file:
-            file.writelines(f"{key}\n" for key in keys)
-            file.flush()
-            os.fsync(file.fileno())
+        """Add to the list of images that did not decode; an image that several epochs met stands there once."""
+        known = self.bad_images.read_text(encoding="utf-8").split() if self.bad_images.is_file() else []
+        if new := [key for key in dict.fromkeys(keys) if key not in known]:
+            write_file(self.bad_images, "".join(f"{key}\n" for key in (*known, *new)).encode())

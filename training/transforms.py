@@ -12,7 +12,7 @@ from torchvision.transforms import v2 as transforms
 # What decoding a broken or hostile file raises; anything else is a bug and must surface.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, UnidentifiedImageError)
 DECODING_ERRORS += (Image.DecompressionBombError,)
-MASK_GRID = 4  # cells of the noise that random masks are made of, FINDINGS' recipe A
+MASK_GRID = 4  # cells of the noise that the random masks of masked_distill are made of
 
 
 def decode_image(data: bytes) -> torch.Tensor:

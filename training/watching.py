@@ -4,6 +4,7 @@ import time
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from .arguments import TrainingArguments
@@ -85,24 +86,29 @@ def check_loss(sums: dict[str, torch.Tensor], progress: Progress, rate: float, b
     )
 
 
-def note_bad_images(args: TrainingArguments, accelerator, folder: RunFolder, progress: Progress, loader) -> None:
-    """Count and list images that did not decode, over all processes.
+def note_bad_images(args: TrainingArguments, accelerator: Accelerator, folder: RunFolder, progress, loader) -> None:
+    """Count and list the images that did not decode since the last time, over all processes.
 
     Raises:
-        ValueError: where they are more than `max_bad_fraction`.
+        ValueError: where there have been more of them than `max_bad_fraction`.
     """
-    from accelerate.utils import gather_object
-
-    if accelerator.num_processes > 1:
-        keys = gather_object(loader.bad)
-        loader.bad.clear()
-    else:
-        keys, loader.bad = loader.bad, []
+    keys = gather_object(loader.bad) if accelerator.num_processes > 1 else loader.bad
+    loader.bad = []
     if accelerator.is_main_process:
         folder.note_bad_images(keys)
     progress.bad += len(keys)
-    if progress.rows > MIN_ROWS and progress.bad > args.max_bad_fraction * progress.rows:
+    if progress.rows > MIN_ROWS:
+        check_bad_images(args, folder, progress.bad, progress.rows)
+
+
+def check_bad_images(args: TrainingArguments, folder: RunFolder, bad: int, rows: int) -> None:
+    """Stop where too many images did not decode.
+
+    Raises:
+        ValueError: naming the numbers and the list.
+    """
+    if bad > args.max_bad_fraction * rows:
         raise ValueError(
-            f"{progress.bad} of {progress.rows} images could not be decoded, more than max_bad_fraction="
-            f"{args.max_bad_fraction}: see {folder.bad_images}."
+            f"{bad} of {rows} images could not be decoded, more than max_bad_fraction={args.max_bad_fraction}: "
+            f"see {folder.bad_images}."
         )

@@ -115,6 +115,23 @@ def test_a_wrong_onnx_file_gets_no_name(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_onnx_of_a_network_made_for_one_size(convert_row, tmp_path, capsys):
+    command = [
+        "onnx",
+        "--model",
+        str(convert_row("transformers:swin").folder),
+        "--output",
+        str(tmp_path / "model.onnx"),
+    ]
+    assert main(command) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--fixed-size" in err and list(tmp_path.iterdir()) == []
+    assert main([*command, "--fixed-size"]) == 0
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    logits, _ = session.run(["logits", "attention"], {"pixel_values": random_pixels(3, 3, 64, 64).numpy()})
+    assert logits.shape == (3, 7)
+
+
 def test_onnx_of_no_model(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     assert main(["onnx", "--model", str(tmp_path / "empty"), "--output", str(tmp_path / "model.onnx")]) == 2

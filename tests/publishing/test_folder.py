@@ -1,6 +1,7 @@
 """The folder that would be uploaded: exactly what it should hold, and a clear refusal of what cannot be published."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import publish as command
+from evaluation.store import fingerprint_model
+from modeling_castream import CAStreamForImageClassification
 from publishing import publish, write_model_card
-from publishing.folder import Publication, assemble, fingerprint
+from publishing.folder import Publication, assemble
 from publishing.verify import verify
 from tests.publishing.models import make_results, save_model
 
-CODE = {
-    f"{name}_castream.py"
-    for name in ("backbone", "cam", "configuration", "features", "modeling", "overlay", "pipeline", "saliency")
-}
+CODE = {path.name for path in (Path(command.__file__).parent / "modeling_castream").glob("*_castream.py")}
 
 
 @pytest.fixture
@@ -197,13 +197,24 @@ def test_results_that_cannot_stand_are_refused(model_dir, tmp_path, capsys, unve
     assert message in refused(capsys, model_dir, "--results", str(results))
 
 
-def test_results_are_recognised_by_the_weights(model_dir, tmp_path, unverified):
-    from modeling_castream import CAStreamForImageClassification
-
-    weights = fingerprint(CAStreamForImageClassification.from_pretrained(model_dir))
-    results = write_results(tmp_path / "results", weights=weights, model="some other name")
+def test_results_are_recognised_by_the_weights(model_dir, tmp_path, capsys, unverified):
+    weights = fingerprint_model(CAStreamForImageClassification.from_pretrained(model_dir))
+    results = write_results(tmp_path / "results", model="some other name")
+    (results / "evaluation.json").write_text(json.dumps({"weights": weights}))
     publish(model_dir, "me/model", results_dir=results, dry_run=tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == "me/model"
+    published = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (published["model"], published["weights"]) == ("me/model", weights)
+    save_model(model_dir, seed=5)
+    assert "results of another model (some other name)" in refused(
+        capsys, model_dir, "--results", str(results), out="again"
+    )
+
+
+def test_results_that_training_put_into_the_card_stay_with_their_weights(model_dir, tmp_path, capsys, unverified):
+    write_model_card(model_dir, make_results(model="CAStreamForImageClassification"))
+    publish(model_dir, "me/model", dry_run=tmp_path / "out")
+    save_model(model_dir, seed=5)
+    assert "results of another model" in refused(capsys, model_dir, out="again")
 
 
 def test_results_folder_without_results(model_dir, tmp_path, capsys, unverified):

@@ -1,0 +1,128 @@
+"""What a run does before its first step: who reads what, the frozen backbone's part, the classifier."""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from .arguments import TrainingArguments
+from .data import ReaderSettings, StreamLoader
+from .dataset import Split
+from .features import CachedLoader, build_cache, prepare_cache
+from .heldout import HeldOut, pixel_batches
+from .interruption import InterruptedRun, Interruption
+from .model import save_model, set_classifier
+from .objectives import Objective
+from .probe import fit_linear_classifier, pooled_features
+from .run_folder import RunFolder
+from .sharding import ShardPlan
+from .steps import to_device
+from .transforms import ImageTransform
+from .watching import check_bad_images
+
+MAX_WORKERS = 8
+
+
+def make_loader(
+    args: TrainingArguments, accelerator: Accelerator, split: Split, image_processor, num_labels: int
+) -> tuple[StreamLoader, dict, int]:
+    """The loader of this process, what a place in its data depends on, and the number of images in the split.
+
+    Raises:
+        ValueError: where the size of the split is unknown, or a process would have nothing to read.
+    """
+    num_rows = args.train_examples or split.num_rows
+    if num_rows is None:
+        raise ValueError("the dataset does not tell its size: give the number of its training images, train_examples.")
+    workers = args.num_workers
+    if workers is None:
+        cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(MAX_WORKERS, max(0, cpus - 1))
+    world = accelerator.num_processes
+    plan = ShardPlan(split.stream.num_shards, world, max(1, workers), args.seed, by_rows=split.unsplittable)
+    accelerator.print(f"data: {plan.describe(num_rows)}")
+    settings = ReaderSettings(args.batch_size, args.shuffle_window, args.interleave, args.views, num_labels, args.seed)
+    transform = ImageTransform(image_processor, args.augmentation)
+    loader = StreamLoader(split, plan, accelerator.process_index, transform, settings, in_process=workers == 0)
+    layout = {
+        "processes": world,
+        "readers": plan.busy_workers,
+        "shards": plan.num_shards,
+        "cached": args.cache_features,
+    }
+    return loader, layout | {"batch_size": args.batch_size, "precision": accelerator.mixed_precision}, num_rows
+
+
+def cache_features(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    objective: Objective,
+    loader: StreamLoader,
+    layout: dict,
+    num_rows: int,
+    interruption: Interruption,
+) -> CachedLoader:
+    """Run the backbone over every view once, and keep what it says on the disk, which all processes share.
+
+    Raises:
+        ValueError: where that takes too much space, or too many images do not decode.
+        InterruptedRun: when told to stop; what is written is kept.
+    """
+    world, rank = accelerator.num_processes, accelerator.process_index
+    if accelerator.is_main_process:
+        prepare_cache(folder.features, layout)
+    accelerator.wait_for_everyone()
+    bar = tqdm(
+        total=num_rows * args.views, unit="img", desc="caching features", disable=not accelerator.is_main_process
+    )
+
+    def advance(images: int) -> None:
+        bar.update(images * world)
+        if interruption.requested:
+            raise InterruptedRun("stopped while caching features: the same command goes on from there")
+
+    with bar, accelerator.autocast():
+        limit = args.cache_limit_gib * 2**30
+        options = {"views": args.views, "rank": rank, "limit_bytes": limit, "num_rows": num_rows}
+        build_cache(folder.features, objective, loader, **options, on_batch=advance)
+    accelerator.wait_for_everyone()
+    cached = CachedLoader(folder.features, args.views, rank, world, args.batch_size, args.seed)
+    if accelerator.is_main_process:
+        folder.note_bad_images(cached.unreadable)
+    check_bad_images(args, folder, len(cached.unreadable), len(cached) + len(cached.unreadable))
+    return cached
+
+
+def fit_classifier(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    folder: RunFolder,
+    objective: Objective,
+    loader: StreamLoader | CachedLoader,
+    image_processor,
+) -> None:
+    """Give the model a linear classifier for the dataset's classes, fitted to its GAP features; save it as `initial`.
+
+    Raises:
+        OSError: where that cannot be written.
+    """
+    model = objective.model
+    batches = (to_device(batch, accelerator.device) for batch, _ in loader.epoch(0))
+    features, labels = pooled_features(accelerator, model, batches, objective)
+    set_classifier(model, *fit_linear_classifier(features, labels, model.config.num_labels, args.classifier_l2))
+    accelerator.print(f"fitted a linear classifier for {model.config.num_labels} classes to {len(labels)} images")
+    if accelerator.is_main_process:
+        save_model(folder.initial, model, image_processor)
+    accelerator.wait_for_everyone()
+
+
+def watched_images(
+    accelerator: Accelerator, objective: Objective, held_out: HeldOut | None, image_processor, count: int
+) -> list[torch.Tensor]:
+    """The first few held-out images, as normalised batches on the device: to see what the attention does."""
+    if held_out is None:
+        return []
+    batches = pixel_batches(held_out, ImageTransform(image_processor, "none"), count)
+    return [objective.normalize(to_device(batch, accelerator.device)) for batch in batches]
