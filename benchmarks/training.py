@@ -1,0 +1,255 @@
+"""How near training comes to the frozen network's own speed, in one run.
+
+    python -m benchmarks.training [--networks EfficientNet-Lite0 ResNet-50] [--precision bf16] [--threads 2]
+
+Images a second of
+  a  the plain frozen forward pass on data in memory,
+  b  the training step (backbone, stream, loss, backward pass, optimiser) on data in memory,
+  c  the same from streamed JPEG shards, as train.py reads them,
+  d  the same through the loading path of transformers' run_image_classification_no_trainer.py: PIL and torchvision's
+     transforms in `with_transform` of a `datasets` dataset, a DataLoader without workers,
+  e  d with as many workers as c,
+and what c's decoding reaches alone. All take their turn in every round; figures are medians over rounds, and ratios the
+medians of the rounds' own ratios. Memory is the peak of a process of its own.
+"""
+
+import argparse
+import io
+import itertools
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import ClassLabel, Features, Image, load_dataset
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+from benchmarks.networks import NETWORKS, SAMPLE
+from training.arguments import TrainingArguments
+from training.data import ReaderSettings, StreamLoader
+from training.dataset import open_split
+from training.model import freeze, parameter_groups
+from training.objectives import Objective
+from training.sharding import ShardPlan
+from training.transforms import ImageTransform
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+FEATURES = Features({"image": Image(), "label": ClassLabel(num_classes=1000)})
+NAMES = {
+    "a": "frozen forward pass, in memory",
+    "b": "training step, in memory",
+    "c": "training, streamed JPEG",
+    "decode": "decoding alone, streamed JPEG",
+    "d": "training, no-trainer loading",
+    "e": "training, no-trainer loading with workers",
+}
+
+
+class Processor:
+    """The attributes of an image processor that ImageTransform reads."""
+
+    size, crop_size, resample, do_center_crop = {"shortest_edge": 256}, {"height": 224, "width": 224}, 2, True
+
+
+def write_jpegs(folder: Path, count: int, shards: int = 4) -> None:
+    """Parquet shards of JPEGs of ImageNet's usual size, 500 x 375: photos if there are any, else smooth noise."""
+    photos = sorted(Path(SAMPLE).rglob("*.jpg"))
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        if photos:
+            picture = PILImage.open(photos[index % len(photos)]).convert("RGB").resize((500, 375), PILImage.BICUBIC)
+        else:
+            coarse = PILImage.fromarray(rng.integers(0, 255, (24, 32, 3), dtype=np.uint8)).resize((500, 375))
+            pixels = np.asarray(coarse, np.int16) + rng.integers(-20, 20, (375, 500, 3))
+            picture = PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", quality=92)
+        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": index % 1000})
+    print(f"JPEGs of {sum(len(row['image']['bytes']) for row in rows) / count / 1000:.0f} kB on average")
+    for shard in range(shards):
+        table = pa.Table.from_pylist(rows[shard::shards], schema=FEATURES.arrow_schema)
+        pq.write_table(table, folder / f"train-{shard:05d}.parquet", row_group_size=64)
+
+
+class Step:
+    """A network, its objective and its optimiser."""
+
+    def __init__(self, network: str, precision: str, batch_size: int):
+        self.args = TrainingArguments(cache_features=False, variant="stream", freeze_output_projection=False)
+        self.model = NETWORKS[network]()
+        self.model.config.freeze_classifier = True
+        weights = freeze(self.model, self.args)
+        self.model.castream.backbone.to(memory_format=torch.channels_last)
+        self.objective = Objective(self.model, self.args, MEAN, STD)
+        self.optimizer = torch.optim.AdamW(parameter_groups(weights, 1e-2), lr=1e-4)
+        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)
+        self.labels = torch.randint(0, 1000, (batch_size,), generator=generator)
+        self.pixel_values = self.objective.normalize(self.images.float() / 255)
+
+    def forward(self) -> int:
+        with torch.no_grad(), self.autocast():
+            self.model(self.pixel_values, pooling="gap")
+        return len(self.pixel_values)
+
+    def train(self, batch: dict | None = None) -> int:
+        batch = batch or {"images": self.images, "labels": self.labels}
+        with self.autocast():
+            loss = self.objective(batch)["loss"] / len(batch["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.objective.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return len(batch["labels"])
+
+    def train_normalized(self, batch: dict) -> int:
+        """A step on pixels that the loading path has normalised."""
+        with self.autocast():
+            features = {"view": self.model.castream.extract_features(batch["pixel_values"])}
+        return self.train({"features": features, "labels": batch["labels"]})
+
+
+def streamed(folder: Path, batch_size: int, workers: int) -> Iterator[dict]:
+    """Batches as train.py reads them, epoch after epoch."""
+    split = open_split(TrainingArguments(dataset_name=str(folder)), "train")
+    plan = ShardPlan(split.stream.num_shards, 1, max(1, workers))
+    settings = ReaderSettings(batch_size, 128, 4, None, 1000, 0)
+    transform = ImageTransform(Processor, "crop")
+    loader = StreamLoader(split, plan, 0, transform, settings, in_process=workers == 0)
+    for epoch in itertools.count():
+        for batch, _ in loader.epoch(epoch):
+            yield batch
+
+
+def no_trainer(folder: Path, batch_size: int, workers: int) -> Iterator[dict]:
+    """Batches as transformers' example reads them, epoch after epoch."""
+    steps = [transforms.RandomResizedCrop(224), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    transform = transforms.Compose([*steps, transforms.Normalize(MEAN, STD)])
+
+    def preprocess(examples):
+        examples["pixel_values"] = [transform(image.convert("RGB")) for image in examples["image"]]
+        return examples
+
+    def collate(examples):
+        pixel_values = torch.stack([example["pixel_values"] for example in examples])
+        return {"pixel_values": pixel_values, "labels": torch.tensor([example["label"] for example in examples])}
+
+    files = sorted(str(path) for path in folder.glob("*.parquet"))
+    dataset = load_dataset("parquet", data_files=files, split="train", cache_dir=str(folder / "cache"))
+    dataset = dataset.with_transform(preprocess)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate, num_workers=workers)
+    while True:
+        yield from loader
+
+
+def contenders(step: Step, folder: Path, batch_size: int, workers: int) -> dict[str, Callable[[], int]]:
+    """Each does one batch and returns its number of images."""
+    ours, decoded = streamed(folder, batch_size, workers), streamed(folder, batch_size, workers)
+    theirs, helped = no_trainer(folder, batch_size, 0), no_trainer(folder, batch_size, workers)
+    return {
+        "a": step.forward,
+        "b": step.train,
+        "c": lambda: step.train(next(ours)),
+        "decode": lambda: len(next(decoded)["keys"]),
+        "d": lambda: step.train_normalized(next(theirs)),
+        "e": lambda: step.train_normalized(next(helped)),
+    }
+
+
+def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str, list[float]]:
+    """Images a second of every contender in every round.
+
+    Only one contender's workers may be busy at a time: each starts its own, works, and is stopped.
+    """
+    step = Step(network, options.precision, options.batch_size)
+    found = {name: [] for name in NAMES}
+    for index in range(options.rounds):
+        shift = index % len(NAMES)
+        for name in [*NAMES][shift:] + [*NAMES][:shift]:
+            run = contenders(step, folder, options.batch_size, options.workers)[name]
+            for _ in range(options.warm_up):  # a loader's queue is full before and after, so what is timed is steady
+                run()
+            start, images = time.perf_counter(), 0
+            for _ in range(options.batches):
+                images += run()
+            found[name].append(images / (time.perf_counter() - start))
+            del run
+    return found
+
+
+def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
+    """Run `a` or `b` twice and print by how many MiB that raised the process's peak memory."""
+    step = Step(network, options.precision, options.batch_size)
+    with open("/proc/self/statm") as pages:
+        before = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    for _ in range(2):
+        step.forward() if name == "a" else step.train()
+    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+
+
+def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:
+    """`peak_of` in a fresh process: MiB."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--threads", str(options.threads)]
+    command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--peak-of", name, network]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def report(network: str, found: dict[str, list[float]], options: argparse.Namespace) -> None:
+    """Print the table of a network, and the ratios that are promised."""
+
+    def ratio(first: str, second: str) -> float:
+        return statistics.median(one / other for one, other in zip(found[first], found[second], strict=True))
+
+    peaks = {name: measured_peak(name, network, options) for name in "ab"}
+    print(
+        f"\n{network}, {options.precision}\n\n| | images/s | relative to a | peak memory, MiB |\n| --- | --- | --- | --- |"
+    )
+    for name, values in found.items():
+        row = f"{statistics.median(values):.1f} | {ratio(name, 'a'):.2f} | {peaks.get(name, '')}"
+        print(f"| {name}: {NAMES[name]} | {row} |")
+    pairs = (("b", "a"), ("c", "b"), ("c", "d"), ("c", "e"))
+    print("\n" + ", ".join(f"{one}/{other} {ratio(one, other):.2f}" for one, other in pairs))
+    print(f"peak memory b/a {peaks['b'] / peaks['a']:.2f}")
+    together = statistics.median(1 / (1 / b + 1 / d) for b, d in zip(found["b"], found["decode"], strict=True))
+    print(f"decoding and training in turns on the same cores: {together:.1f} images/s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=6, help="timed per round and contender")
+    parser.add_argument("--warm-up", type=int, default=3, help="batches before")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--images", type=int, default=800, help="JPEGs in the shards")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--peak-of", nargs=2, metavar=("CONTENDER", "NETWORK"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak_of:
+        peak_of(*options.peak_of, options)
+        return
+    print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    with tempfile.TemporaryDirectory() as scratch:
+        write_jpegs(Path(scratch), options.images)
+        for network in options.networks:
+            report(network, speeds(network, Path(scratch), options), options)
+
+
+if __name__ == "__main__":
+    main()
