@@ -214,9 +214,8 @@ def report(network: str, found: dict[str, list[float]], options: argparse.Namesp
         return statistics.median(one / other for one, other in zip(found[first], found[second], strict=True))
 
     peaks = {name: measured_peak(name, network, options) for name in "ab"}
-    print(
-        f"\n{network}, {options.precision}\n\n| | images/s | relative to a | peak memory, MiB |\n| --- | --- | --- | --- |"
-    )
+    heads = ("", "images/s", "relative to a", "peak memory, MiB")
+    print(f"\n{network}, {options.precision}\n\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
     for name, values in found.items():
         row = f"{statistics.median(values):.1f} | {ratio(name, 'a'):.2f} | {peaks.get(name, '')}"
         print(f"| {name}: {NAMES[name]} | {row} |")

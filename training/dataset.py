@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Image, IterableDataset, Sequence, Value, load_dataset
 from datasets import List as ListFeature
 
@@ -107,10 +109,22 @@ def _resolve(args: TrainingArguments, split: str) -> tuple[str, dict]:
     for suffix, builder in ((".parquet", "parquet"), (".tar", "webdataset")):
         files = sorted(str(path) for path in folder.rglob(f"*{suffix}"))
         if files:
-            return builder, {"data_files": {split: _of_split(files, folder, args, split)}}
+            files = _of_split(files, folder, args, split)
+            return builder, {"data_files": {split: _filled(files) if builder == "parquet" else files}}
     if (folder / split).is_dir():
         return "imagefolder", {"data_files": {split: str(folder / split / "**")}}
     return "imagefolder", {"data_dir": str(folder)}
+
+
+def _filled(paths: list[str]) -> list[str]:
+    """The parquet files that have rows; `datasets` fails on others."""
+    try:
+        filled = [path for path in paths if pq.read_metadata(path).num_rows]
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ValueError(f"the dataset cannot be opened: {_first_line(error)}") from error
+    if not filled:
+        raise ValueError(f"the dataset has no rows in {paths[0]} and its like.")
+    return filled
 
 
 def _of_split(files: list[str], folder: Path, args: TrainingArguments, split: str) -> list[str]:
@@ -188,8 +202,6 @@ def _count(available, split: str, files: dict, only_paths: bool) -> int | None:
         return info[split].num_examples
     paths = files.get("data_files", {}).get(split, [])
     if paths and all(path.endswith(".parquet") for path in paths):
-        import pyarrow.parquet as pq
-
         return sum(pq.read_metadata(path).num_rows for path in paths)
     if only_paths:
         return sum(1 for _ in available[split].decode(False))

@@ -51,7 +51,7 @@ def _load_source(args: TrainingArguments) -> tuple[CAStreamForImageClassificatio
     if _is_stream(args.model):
         return load_model(Path(args.model))
     try:
-        return convert_classifier(args.model, variant=args.variant)
+        return convert_classifier(args.model, checkpoint=args.model_checkpoint, variant=args.variant)
     except (OSError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"model={args.model!r} cannot be loaded: {reason}") from error

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.tiny_data import write_shards
+from tests.training.tiny_data import CLASSES, make_row, write_shards
 from training.arguments import TrainingArguments
 from training.interruption import EXIT_INTERRUPTED
 from training.watching import Watch
@@ -229,3 +229,30 @@ def learning_rates(options: dict) -> list[float]:
     accumulator = EventAccumulator(str(events))
     accumulator.Reload()
     return [event.value for event in accumulator.Scalars("learning_rate")]
+
+
+def test_fine_tuning_then_the_stream_on_several_labels_an_image(run, options, tmp_path):
+    for split, indices in (("train", range(12)), ("val", range(12, 18))):
+        folder = tmp_path / "data" / split
+        folder.mkdir(parents=True)
+        lines = []
+        for index in indices:
+            row = make_row(index)
+            (folder / f"{index}.jpg").write_bytes(row["image"]["bytes"])
+            lines.append({"file_name": f"{index}.jpg", "labels": [CLASSES[index % 3], "noise"]})
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = options | {"dataset_name": str(tmp_path / "data"), "class_names": [*CLASSES, "noise"], "interleave": 1}
+    tuned = options | {"output_dir": str(tmp_path / "gap"), "pooling": "gap", "classifier": "fit"}
+    run(tuned | {"freeze_backbone": False, "freeze_classifier": False, "views": 1})
+    before = weights(tuned)
+    stream = options | {"model": str(tmp_path / "gap" / "model"), "validation_split": "val"}
+    run(stream | {"evaluation_metrics": ["average_drop"], "evaluation_methods": ["grad_cam"]})
+    after = weights(stream)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved and all(".stream." in name for name in moved)
+    scores = json.loads((Path(options["output_dir"]) / "mean_average_precision.json").read_text())
+    assert scores["images"] == 6 and 0 < scores["gap"] <= 100
+    assert (Path(options["output_dir"]) / "evaluation" / "results.json").is_file()
+    card = (Path(options["output_dir"]) / "model" / "README.md").read_text()
+    assert "multi" in json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())["problem_type"]
+    assert card.startswith("---")

@@ -1,0 +1,104 @@
+"""The door for datasets: parquet, folders of images, tar shards; columns, classes and sizes; refusals in one line."""
+
+import io
+import json
+import tarfile
+
+import pytest
+
+from tests.training.tiny_data import CLASSES, make_row, write_shards
+from training.arguments import TrainingArguments
+from training.dataset import open_split
+
+
+def open_folder(folder, split="train", **settings):
+    return open_split(TrainingArguments(**{"dataset_name": str(folder), "validation_split": "test"} | settings), split)
+
+
+def refused(folder, split="train", **settings) -> str:
+    with pytest.raises(ValueError) as error:
+        open_folder(folder, split, **settings)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_image(path, index=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(make_row(index)["image"]["bytes"])
+
+
+def write_tar(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for row in rows:
+            for suffix, data in (("jpg", row["image"]["bytes"]), ("cls", str(row["label"]).encode())):
+                info = tarfile.TarInfo(f"{row['index']:04d}.{suffix}")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+def test_parquet(tiny_dataset):
+    split = open_folder(tiny_dataset, validation_split="validation")
+    assert (split.image_column, split.label_column, split.class_names) == ("image", "label", CLASSES)
+    assert (split.num_rows, split.stream.num_shards, split.multi_label) == (32, 4, False)
+    assert open_folder(tiny_dataset, "validation", validation_split="validation").num_rows == 12
+
+
+def test_resharding_by_row_groups(tiny_dataset):
+    split = open_folder(tiny_dataset, reshard=True, validation_split="validation")
+    assert split.stream.num_shards == 3 + 2 + 3 + 2 and split.num_rows == 32
+
+
+def test_webdataset(tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / f"train-{shard:04d}.tar", [make_row(index) for index in range(4 * shard, 4 * shard + 4)])
+    split = open_folder(tmp_path, train_examples=12)
+    assert (split.image_column, split.label_column, split.stream.num_shards) == ("jpg", "cls", 3)
+    assert split.num_rows is None
+    rows = list(split.stream)
+    assert len(rows) == 12 and rows[5]["cls"] == 5 % 3 and rows[5]["jpg"]["bytes"]
+
+
+def test_folders_of_classes(tmp_path):
+    for index in range(6):
+        write_image(tmp_path / "train" / CLASSES[index % 3] / f"{index}.jpg", index)
+        write_image(tmp_path / "test" / CLASSES[index % 2] / f"{index}.jpg", index)
+    split = open_folder(tmp_path)
+    assert split.class_names == sorted(CLASSES) and split.num_rows == 6 and split.unsplittable
+
+
+def test_several_labels_an_image_by_their_names(tmp_path):
+    for index in range(3):
+        write_image(tmp_path / "train" / f"{index}.jpg", index)
+    lines = [{"file_name": f"{index}.jpg", "labels": CLASSES[: index + 1]} for index in range(3)]
+    (tmp_path / "train" / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    split = open_folder(tmp_path, class_names=CLASSES)
+    assert split.multi_label and split.label_column == "labels"
+    assert [split.class_ids(row, "key", 3) for row in split.stream] == [[0], [0, 1], [0, 1, 2]]
+    with pytest.raises(ValueError, match="label 'green' of sample key is not a class"):
+        open_folder(tmp_path, class_names=["red"]).class_ids({"labels": ["green"]}, "key", 1)
+
+
+def test_unlabelled_training_and_labelled_test_images(tmp_path):
+    for index in range(3):
+        write_image(tmp_path / "train" / f"{index}.jpg", index)
+        write_image(tmp_path / "test" / f"{index}.jpg", index)
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n0.jpg,2\n1.jpg,0\n2.jpg,1\n")
+    assert open_folder(tmp_path, objective="masked_distill").label_column is None
+    split = open_folder(tmp_path, "test", objective="masked_distill")
+    assert [split.class_ids(row, "key") for row in split.stream] == [[2], [0], [1]]
+    assert "objective=cross_entropy needs labels" in refused(tmp_path)
+
+
+def test_refusals(tiny_dataset, tmp_path):
+    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "no file below" in refused(tiny_dataset, "test")
+    assert "image_column='picture' is not in the dataset" in refused(tiny_dataset, image_column="picture")
+    assert "label_column='class' is not in the dataset" in refused(tiny_dataset, label_column="class")
+    (tmp_path / "empty").mkdir()
+    assert "cannot be opened" in refused(tmp_path / "empty")
+    write_shards(tmp_path / "hollow", "train", [0])
+    assert "has no rows" in refused(tmp_path / "hollow")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"no parquet")
+    assert "cannot be opened" in refused(tmp_path / "broken")
