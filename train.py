@@ -219,7 +219,14 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
         seed=args.seed,
     )
     report = evaluate_saliency(
-        model.eval(), image_processor, held_out, settings, str(folder.evaluation), accelerator, model_name=args.model
+        model.eval(),
+        image_processor,
+        held_out,
+        settings,
+        str(folder.evaluation),
+        accelerator,
+        model_name=args.model,
+        dataset_name=f"{args.dataset_name or 'scenes'}/{args.validation_split}",
     )
     accelerator.print("\n" + report.markdown())
 
