@@ -252,7 +252,8 @@ def describe(args: TrainingArguments, folder: RunFolder) -> None:
 def print_end(folder: RunFolder, seconds: float) -> None:
     """Where things are, and how to load the model."""
     facts = read_json(folder.model / TRAINING_FILE)
-    print("attention entropy on held-out images, relative to uniform (1), before and after training:")
+    if facts["entropy_after"]:
+        print("attention entropy on held-out images, relative to uniform (1), before and after training:")
     for name, before, after in zip(facts["layers"], facts["entropy_before"], facts["entropy_after"], strict=False):
         print(f"  {name:12} {before:.4f} -> {after:.4f}")
     print(f"\ndone in {seconds / 60:.1f} minutes")

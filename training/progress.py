@@ -102,6 +102,11 @@ class Keeper:
     def _restore(self, checkpoint: dict) -> None:
         tensors = checkpoint["tensors"]
         for name, weight in self.weights.items():
+            if name not in tensors or tensors[name].shape != weight.shape:
+                raise ValueError(
+                    f"the checkpoint in {self.folder.path} belongs to another model: {name} differs; choose another "
+                    "output_dir."
+                )
             weight.copy_(tensors[name])
         if self.ema:
             for name, average in self.ema.averages.items():

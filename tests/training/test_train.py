@@ -1,10 +1,10 @@
 """Whole runs of train.py, in this process and in others."""
 
 import contextlib
-import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 from training.arguments import TrainingArguments
 from training.interruption import EXIT_INTERRUPTED
@@ -32,7 +34,9 @@ class Killed(BaseException):
 def run(fresh_process_state, monkeypatch):
     """Runs train.py's main; returns (loss, learning rate) of every optimiser step. `killed_at` ends it like a kill."""
     main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    original = Watch.step
+    original, locks = Watch.step, []
+    acquire = FileLock.acquire
+    monkeypatch.setattr(FileLock, "acquire", lambda lock, *args, **kw: locks.append(lock) or acquire(lock, *args, **kw))
 
     def run(options: dict, killed_at: int | None = None) -> list[tuple[float, float]]:
         trace = []
@@ -45,9 +49,12 @@ def run(fresh_process_state, monkeypatch):
 
         monkeypatch.setattr(Watch, "step", step)
         fresh_process_state()
-        with contextlib.suppress(Killed):
-            main(TrainingArguments(**options))
-        gc.collect()  # a dead process holds no locks
+        try:
+            with contextlib.suppress(Killed):
+                main(TrainingArguments(**options))
+        finally:
+            for lock in locks:  # a dead process holds none
+                lock.release(force=True)
         return trace
 
     return run
@@ -128,7 +135,6 @@ def test_too_many_broken_images_stop_the_run(run, options, tmp_path):
     options = options | {"dataset_name": str(tmp_path / "data")}
     with pytest.raises(ValueError, match=r"could not be decoded, more than max_bad_fraction=0\.01"):
         run(options)
-    gc.collect()
     listed = (Path(options["output_dir"]) / "bad_images.txt").read_text().split()
     assert len(listed) == len(set(listed)) >= 3
     assert run(options | {"max_bad_fraction": 0.1})
@@ -256,3 +262,85 @@ def test_fine_tuning_then_the_stream_on_several_labels_an_image(run, options, tm
     card = (Path(options["output_dir"]) / "model" / "README.md").read_text()
     assert "multi" in json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())["problem_type"]
     assert card.startswith("---")
+
+
+def test_a_corrupt_checkpoint_is_passed_over_aloud(run, options, capsys):
+    expected = run(options | {"output_dir": options["output_dir"] + "-whole"})
+    run(options, killed_at=8)
+    newest = max((Path(options["output_dir"]) / "checkpoints").iterdir())
+    data = bytearray((newest / "optimizer.pt").read_bytes())
+    data[len(data) // 2] ^= 255
+    (newest / "optimizer.pt").write_bytes(data)
+    capsys.readouterr()
+    trace = run(options)
+    assert "checkpoint step-00000006 is damaged (optimizer.pt does not match its checksum)" in capsys.readouterr().out
+    assert trace == expected[3:]
+
+
+def test_a_shard_that_vanishes_costs_nothing_once_it_is_back(run, options, tmp_path):
+    write_shards(tmp_path / "data", "train", [11, 7, 9, 5])
+    options = options | {"dataset_name": str(tmp_path / "data"), "epochs": 1, "interleave": 1, "shuffle_window": 0}
+    expected = run(options | {"output_dir": options["output_dir"] + "-whole"})
+    run(options, killed_at=4)
+    shard, hidden = tmp_path / "data" / "train-00001.parquet", tmp_path / "hidden"
+    shard.rename(hidden)
+    shard.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"train-00001") as error:
+        run(options)
+    assert "\n" not in str(error.value)
+    shard.unlink()
+    hidden.rename(shard)
+    assert run(options) == expected[3:]
+
+
+def test_weights_of_another_network_are_refused(run, options, tiny_model, tmp_path):
+    """The folder that `model` names may hold another network than when the run began."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    options = options | {"model": str(folder), "variant": "final"}
+    run(options, killed_at=8)
+    config = CAStreamConfig.from_pretrained(folder)
+    wider = config.backbone_config
+    wider.hidden_sizes = [8, 24]
+    config.stream_channels = None
+    CAStreamForImageClassification(config).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"checkpoint .* belongs to another model: castream.stream.query"):
+        run(options)
+
+
+@pytest.mark.slow
+def test_one_rank_killed_ends_the_others(options):
+    options = options | {"epochs": 500, "max_steps": 5000, "checkpoint_steps": 5000}
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513")
+    process = start(options, *launcher, ACCELERATE_USE_CPU="1")
+    while process.poll() is None and "training:" not in process.stderr.readline():
+        pass
+    time.sleep(1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    os.kill(int(children[1]), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_a_checkpoint(options, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", disk]).returncode:
+        pytest.skip("only root can make a small disk")
+    try:
+        options = options | {"output_dir": str(disk / "run"), "checkpoint_steps": 1, "epochs": 90}
+        process = start(options | {"keep_checkpoints": 1000})
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2, errors
+        lines = [line for line in errors.splitlines() if "train.py: error" in line]
+        assert len(lines) == 1 and "No space left on device" in lines[0] and "Traceback" not in errors
+        assert not list(disk.rglob("*.partial"))
+        kept = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        output, errors = start(options).communicate(timeout=200)
+        assert f"going on after step {int(kept[-1][5:])}" in output, errors
+    finally:
+        subprocess.run(["umount", disk])
