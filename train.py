@@ -36,7 +36,7 @@ from training.model import (
     starting_model,
 )
 from training.objectives import Objective
-from training.preparation import cache_features, fit_classifier, make_loader, watched_images
+from training.preparation import cache_features, default_threads, fit_classifier, make_loader, watched_images
 from training.progress import Keeper
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
@@ -89,10 +89,8 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         project_dir=args.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
-    # Processes share the CPUs of a machine; more threads than that only get in each other's way.
-    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(args.cpu_threads or default_threads())
     return accelerator
 
 

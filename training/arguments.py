@@ -99,6 +99,7 @@ class TrainingArguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
     ema_decay: float = option(0.0, "of the exponential moving average of the weights, which is then saved; 0: off")
     mixed_precision: str | None = option(None, "no, bf16 or fp16; none: as `accelerate config` says", True)
+    cpu_threads: int | None = option(None, "threads of a process without GPU; none: its share of the CPUs")
     compile_backbone: bool = option(False, "compile the frozen backbone")
     seed: int = option(0, "of everything random", True)
 
@@ -133,7 +134,14 @@ class TrainingArguments:
     def _check_ranges(self) -> None:
         positive = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "checkpoint_steps")
         positive += ("keep_checkpoints", "log_steps", "interleave", "max_steps", "views", "train_examples")
-        positive += ("num_attention_heads", "scenes_train", "scenes_validation", "evaluation_images", "step_epochs")
+        positive += (
+            "num_attention_heads",
+            "cpu_threads",
+            "scenes_train",
+            "scenes_validation",
+            "evaluation_images",
+            "step_epochs",
+        )
         not_negative = ("weight_decay", "max_grad_norm", "mixup", "cutmix", "shuffle_window", "seed", "num_workers")
         not_negative += ("strip_steps", "classifier_l2", "cache_limit_gib")
         fractions = ("max_bad_fraction", "warmup", "label_smoothing", "momentum", "ema_decay")

@@ -24,6 +24,19 @@ from .watching import check_bad_images
 MAX_WORKERS = 8
 
 
+def own_cpus() -> int:
+    """This process's share of the machine's CPUs."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_threads() -> int:
+    """Threads for computing: what OMP_NUM_THREADS says, but not the 1 that `accelerate launch` puts there unasked."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    unasked = asked == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
+    return int(asked) if asked.isdigit() and not unasked else own_cpus()
+
+
 def make_loader(
     args: TrainingArguments, accelerator: Accelerator, split: Split, image_processor, num_labels: int
 ) -> tuple[StreamLoader, dict, int]:
@@ -35,10 +48,7 @@ def make_loader(
     num_rows = args.train_examples or split.num_rows
     if num_rows is None:
         raise ValueError("the dataset does not tell its size: give the number of its training images, train_examples.")
-    workers = args.num_workers
-    if workers is None:
-        cpus = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = min(MAX_WORKERS, max(0, cpus - 1))
+    workers = min(MAX_WORKERS, max(0, own_cpus() - 1)) if args.num_workers is None else args.num_workers
     world = accelerator.num_processes
     plan = ShardPlan(split.stream.num_shards, world, max(1, workers), args.seed, by_rows=split.unsplittable)
     accelerator.print(f"data: {plan.describe(num_rows)}")

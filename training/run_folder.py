@@ -21,7 +21,7 @@ from .storage import remove_partial, write_file
 
 # Settings that may differ between a run and its continuation: they change neither the model nor its evaluation.
 FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "strip_steps", "tracker", "output_dir")
-FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction")
+FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction", "cpu_threads")
 LOCK_SECONDS = 20  # a run that was told to stop may still be saving
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from tests.training.tiny_data import CLASSES, make_row, write_shards
@@ -57,6 +58,7 @@ def run(fresh_process_state, monkeypatch):
                 lock.release(force=True)
         return trace
 
+    run.main = main
     return run
 
 
@@ -228,13 +230,46 @@ def test_uneven_shards_end_without_a_hang(options, tmp_path):
     assert facts["progress"]["images"] == 2 * 29 and facts["progress"]["epoch"] == 2
 
 
-def learning_rates(options: dict) -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def read_log(options: dict) -> EventAccumulator:
     (events,) = {path.parent for path in Path(options["output_dir"]).rglob("events.out*") if path.parent.name == "logs"}
-    accumulator = EventAccumulator(str(events))
+    accumulator = EventAccumulator(str(events), size_guidance={"images": 0, "scalars": 0})
     accumulator.Reload()
-    return [event.value for event in accumulator.Scalars("learning_rate")]
+    return accumulator
+
+
+def learning_rates(options: dict) -> list[float]:
+    return [event.value for event in read_log(options).Scalars("learning_rate")]
+
+
+def test_what_a_run_leaves_behind(run, options, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setitem(run.main.__globals__, "publish", lambda *args, **kw: pushed.append((args, kw)) or FakePublished)
+    options = options | {"validation_split": "validation", "tracker": "tensorboard", "strip_steps": 4, "epochs": 4}
+    run(options | {"push_to_hub": True, "hub_model_id": "someone/tiny", "evaluation_metrics": ["average_gain"]})
+    folder = Path(options["output_dir"])
+    log = read_log(options)
+    layers = json.loads((folder / "model" / "training.json").read_text())["layers"]
+    wanted = {"loss", "accuracy", "learning_rate", "images_per_second", "epoch"}
+    assert wanted | {f"attention_entropy/{layer}" for layer in layers} <= set(log.Tags()["scalars"])
+    strips = log.Images("saliency")
+    assert len(strips) == 8 and (strips[0].height, strips[0].width) == (3 * 32, 8 * 32)
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {
+        "checkpoints",
+        "evaluation",
+        "logs",
+        "model",
+        "settings.yaml",
+    }
+    assert {"results.json", "results.md", "examples.png"} <= {path.name for path in (folder / "evaluation").iterdir()}
+    assert pushed == [((folder / "model", "someone/tiny"), {"results_dir": folder / "evaluation"})]
+    output = capsys.readouterr().out
+    assert "relative to uniform (1), before and after training" in output and "pushed: http" in output
+    lines = output.strip().splitlines()[-3:]
+    assert lines[0].startswith("from transformers import") and all("from_pretrained" in line for line in lines[1:])
+
+
+class FakePublished:
+    url = "https://example.com/someone/tiny"
 
 
 def test_fine_tuning_then_the_stream_on_several_labels_an_image(run, options, tmp_path):
