@@ -130,6 +130,7 @@ def correlation(network: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--methods", nargs="+", choices=("grad_cam", "score_cam"), default=("grad_cam", "score_cam"))
     parser.add_argument("--rounds", type=int, default=7, help="of Grad-CAM")
     parser.add_argument("--score-cam-rounds", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="images of Grad-CAM; Score-CAM takes one")
@@ -143,8 +144,11 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     for network in options.networks:
-        seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
-        report("grad_cam", network, seconds, options)
+        if "grad_cam" in options.methods:
+            seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
+            report("grad_cam", network, seconds, options)
+        if "score_cam" not in options.methods:
+            continue
         seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds, warm_up=0)  # hundreds of passes
         report("score_cam", network, seconds, options)
         print(

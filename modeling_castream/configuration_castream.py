@@ -79,7 +79,8 @@ class CAStreamConfig(PreTrainedConfig):
             Whether the classifier reads `[CLS token, pooled vector]` (DINOv2).
 
     Raises:
-        ValueError: on a value outside the ones above, naming the argument, the value and what is allowed.
+        huggingface_hub.errors.StrictDataclassClassValidationError: on a value outside the ones above, around a
+            ValueError that names the argument, the value and what is allowed.
 
     Example:
 
