@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import selected_hidden_states
 
 from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
 from .configuration_castream import POOLINGS, CAStreamConfig
@@ -214,9 +213,9 @@ def select_hidden_states(
     feature_maps: tuple[torch.Tensor, ...], output_hidden_states: bool | int | list[int]
 ) -> tuple[torch.Tensor | None, ...] | None:
     """What `output_hidden_states` asks for, as in transformers' models: all, none, or those at the given indices."""
-    selected = selected_hidden_states(output_hidden_states)
-    if selected is None:
+    if output_hidden_states is None or isinstance(output_hidden_states, bool):
         return feature_maps if output_hidden_states else None
+    selected = [output_hidden_states] if isinstance(output_hidden_states, int) else output_hidden_states
     kept = {index % len(feature_maps) for index in selected}
     return tuple(feature_map if index in kept else None for index, feature_map in enumerate(feature_maps))
 
