@@ -33,7 +33,7 @@ def own_cpus() -> int:
 def default_threads() -> int:
     """Threads for computing: what OMP_NUM_THREADS says, which `accelerate launch` sets to 1; else this process's CPUs.
 
-    One is slower on an idle machine, but far quicker on a busy one, where every thread waits for the one that has no CPU.
+    One is slower on an idle machine but far quicker on a busy one, where all threads wait for the one that has no CPU.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() else own_cpus()
