@@ -99,7 +99,7 @@ class TrainingArguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
     ema_decay: float = option(0.0, "of the exponential moving average of the weights, which is then saved; 0: off")
     mixed_precision: str | None = option(None, "no, bf16 or fp16; none: as `accelerate config` says", True)
-    cpu_threads: int | None = option(None, "threads of a process without GPU; none: its share of the CPUs")
+    cpu_threads: int | None = option(None, "threads of a process without GPU; none: OMP_NUM_THREADS or all it has")
     compile_backbone: bool = option(False, "compile the frozen backbone")
     seed: int = option(0, "of everything random", True)
 

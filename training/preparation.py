@@ -31,10 +31,12 @@ def own_cpus() -> int:
 
 
 def default_threads() -> int:
-    """Threads for computing: what OMP_NUM_THREADS says, but not the 1 that `accelerate launch` puts there unasked."""
+    """Threads for computing: what OMP_NUM_THREADS says, which `accelerate launch` sets to 1; else this process's CPUs.
+
+    One is slower on an idle machine but far quicker on a busy one, where all threads wait for the one that has no CPU.
+    """
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    unasked = asked == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ
-    return int(asked) if asked.isdigit() and not unasked else own_cpus()
+    return int(asked) if asked.isdigit() else own_cpus()
 
 
 def make_loader(
