@@ -9,7 +9,6 @@ own.
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from benchmarks.memory import resident, rise_of_peak
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
@@ -91,10 +91,9 @@ def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> di
 def peak_of(kind: str, network: str, contender: str, batch_size: int) -> None:
     """Run one contender once and print by how many MiB it raised the process's peak memory."""
     contenders = grad_cam_contenders(network, batch_size) if kind == "grad_cam" else score_cam_contenders(network)
-    with open("/proc/self/statm") as pages:
-        before = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident()
     contenders[contender]()
-    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+    print(rise_of_peak(before))
 
 
 def measured_peak(kind: str, network: str, contender: str, options: argparse.Namespace) -> int:

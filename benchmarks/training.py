@@ -18,7 +18,6 @@ import argparse
 import io
 import itertools
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from torchvision import transforms
 from transformers import TimmBackboneConfig
 
 from benchmarks import networks
+from benchmarks.memory import resident, rise_of_peak
 from benchmarks.networks import SAMPLE
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from training.arguments import TrainingArguments
@@ -207,11 +207,10 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
 def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
     """Run `a` or `b` twice and print by how many MiB that raised the process's peak memory."""
     step = Step(network, options.precision, options.batch_size)
-    with open("/proc/self/statm") as pages:
-        before = int(pages.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    before = resident()
     for _ in range(2):
         step.forward() if name == "a" else step.train()
-    print(round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / 2**20))
+    print(rise_of_peak(before))
 
 
 def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:

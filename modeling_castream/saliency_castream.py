@@ -115,13 +115,15 @@ def explain(
             raise ValueError("layer='all' needs upsample=True: the layers' maps have different sizes.")
         layers = range(len(model.config.stream_layers))
         maps = [explain_features(features, target, method, pooling, layer=index, **options) for index in layers]
+        empty = torch.stack([empty_maps(one) for one in maps], dim=1)
         maps = torch.stack([upsample_maps(one, pixel_values.shape[-2:]) for one in maps], dim=1)
     else:
         maps = explain_features(features, target, method, pooling, layer=layer, **options)
+        empty = empty_maps(maps)  # before upsampling: the same answer from a thousandth of the pixels
         if upsample:
             maps = upsample_maps(maps, pixel_values.shape[-2:])
-    if normalize and (empty := int(empty_maps(maps).sum())):
-        warnings.warn(f"{empty} of {maps[..., 0, 0].numel()} {method} maps are flat or not finite: zero.", stacklevel=2)
+    if normalize and (count := int(empty.sum())):
+        warnings.warn(f"{count} of {empty.numel()} {method} maps are flat or not finite: zero.", stacklevel=2)
     return maps
 
 
