@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from benchmarks.memory import resident, rise_of_peak
+from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
@@ -92,8 +92,9 @@ def peak_of(kind: str, network: str, contender: str, batch_size: int) -> None:
     """Run one contender once and print by how many MiB it raised the process's peak memory."""
     contenders = grad_cam_contenders(network, batch_size) if kind == "grad_cam" else score_cam_contenders(network)
     before = resident()
+    forget_peak()
     contenders[contender]()
-    print(rise_of_peak(before))
+    print(round(peak() - before))
 
 
 def measured_peak(kind: str, network: str, contender: str, options: argparse.Namespace) -> int:

@@ -11,10 +11,11 @@ Images a second of
   e  d with as many workers as c,
 and what c's decoding reaches alone. All take their turn in every round; figures are medians over rounds, and ratios the
 medians of the rounds' own ratios: by the clock, and by the processor time of the training process, which a busy machine
-disturbs less and which leaves out the workers'. Memory is the peak of a process of its own.
+disturbs less and which leaves out the workers'. Memory is the peak of a process of its own, network and batch included.
 """
 
 import argparse
+import gc
 import io
 import itertools
 import os
@@ -37,7 +38,7 @@ from torchvision import transforms
 from transformers import TimmBackboneConfig
 
 from benchmarks import networks
-from benchmarks.memory import resident, rise_of_peak
+from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import SAMPLE
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from training.arguments import TrainingArguments
@@ -205,19 +206,33 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
 
 
 def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
-    """Run `a` or `b` twice and print by how many MiB that raised the process's peak memory."""
-    step = Step(network, options.precision, options.batch_size)
+    """Run `a` or `b` twice and print by how many MiB the network, the batch and that raised the peak memory.
+
+    A first, small step is there for the libraries' own memory, and the forward pass has no optimiser.
+    """
+    warm = Step("MobileNetV3-Small", options.precision, 2)
+    warm.train()
+    del warm
+    gc.collect()
     before = resident()
+    step = Step(network, options.precision, options.batch_size)
+    step.__dict__.pop("images" if name == "a" else "pixel_values")  # the other one's batch
+    forget_peak()
     for _ in range(2):
         step.forward() if name == "a" else step.train()
-    print(rise_of_peak(before))
+    print(round(peak() - before))
 
 
 def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:
-    """`peak_of` in a fresh process: MiB."""
+    """`peak_of` in a fresh process that gives large blocks back as they are freed, MiB.
+
+    By itself glibc keeps some of them, by an adaptive rule that makes peaks differ by a third from run to run.
+    """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--threads", str(options.threads)]
     command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--peak-of", name, network]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(found.stdout.split()[-1])
 
 
 def report(network: str, found: dict[str, list[tuple[float, float]]], options: argparse.Namespace) -> None:
