@@ -27,7 +27,7 @@ from .metrics.negative_perturbation.negative_perturbation import negative_pertur
 from .metrics.pointing_game.pointing_game import pointing_game
 from .metrics.positive_perturbation.positive_perturbation import positive_perturbation
 from .perturbation import mask_images, perturbation_images, pixel_order, upsample_saliency
-from .protocol import deletion_end, inner_points, insertion_start, saliency_order
+from .protocol import changes, deletion_end, inner_points, insertion_start, saliency_order
 from .scoring import Scorer, Scores
 from .settings import (
     CONTROL_MAPS,
@@ -166,7 +166,12 @@ def score_curve_ends(scorer: Scorer, items: Items) -> CurveEnds:
     full = items.before.probability
     images = {"insertion": (start, items.pixel_values), "deletion": (items.pixel_values, end)}
     blurred = scorer.score(start, items.target).probability
-    erased = blurred if end is start else _score_constant(scorer, end, items.target)
+    if end is start:
+        erased = blurred
+    elif changes(settings.protocol, "blurred_deletion"):
+        erased = scorer.score(end, items.target).probability
+    else:
+        erased = _score_constant(scorer, end, items.target)
     return CurveEnds(images, {"insertion": (blurred, full), "deletion": (full, erased)})
 
 

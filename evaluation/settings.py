@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 
 POOLINGS = ("gap", "ca")
-PROTOCOLS = ("reference", "stable")
+STABLE_CHANGES = ("hiding_blur", "blurred_deletion", "random_ties")
+PROTOCOLS = ("reference", "stable", *STABLE_CHANGES)
 TARGETS = ("label", "predicted")
 AUTOCASTS = ("off", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
@@ -25,6 +26,7 @@ class EvaluationSettings:
         poolings: `"gap"` and/or `"ca"`; with both, CA minus GAP is reported, image by image.
         metrics: names from METRICS; mask_share and pointing_game need examples with a mask.
         protocol: `"reference"`, the paper's, or `"stable"`; see evaluation/README.md for what differs and by how much.
+            The name of one of stable's changes (STABLE_CHANGES) is the reference with that change alone.
         target: explain the `"label"` or the `"predicted"` class; under both poolings it is the class that the first
             of `poolings` predicts. Examples without a label are explained for the predicted class.
         batch_size: images per forward pass.

@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from evaluation.perturbation import blur_images, pixel_order
@@ -45,6 +46,24 @@ def test_stable_order_differs_in_ties_only():
     assert order[0, :32].tolist() != pixel_order(two_levels)[0, :32].tolist()
     # half of any prefix of a flat region lies in each half of the image, more or less
     assert 8 < (order[0, 32:48] % 8 < 4).sum() + 4 < 20
+
+
+@pytest.mark.parametrize("protocol", ["hiding_blur", "blurred_deletion", "random_ties"])
+def test_a_change_alone_is_stables_and_leaves_the_rest_to_the_reference(protocol):
+    images, saliency = noise(2, 3, 32, 32), noise(2, 32, 32).round(decimals=1)
+
+    def parts(name):
+        start = insertion_start(images, name)
+        return {
+            "hiding_blur": start,
+            "blurred_deletion": deletion_end(images, start, name),
+            "random_ties": saliency_order(saliency, name),
+        }
+
+    alone, reference, stable = parts(protocol), parts("reference"), parts("stable")
+    for name, part in alone.items():
+        assert torch.equal(part, (stable if name == protocol else reference)[name])
+    assert not torch.equal(alone[protocol], reference[protocol])
 
 
 def test_inner_points_leave_out_both_ends():
