@@ -1,13 +1,15 @@
 """The two protocols: which images the curves run between, and how equally salient pixels are ordered.
 
-`"reference"` is the paper's, to the digit. `"stable"` changes three things about insertion and deletion, each measured in
-evaluation/README.md and each to be had alone, by its name:
+`"reference"` is the paper's, to the digit. `"stable"` changes three things about insertion and deletion, each measured
+in evaluation/README.md and each to be had alone, by its name:
 
-- `"hiding_blur"`: insertion starts from a blur that hides the object (a Gaussian whose sigma is 1/16 of the image's longer side, with
-  mirrored borders) instead of a 5x5 one that leaves most classes recognisable and darkens the borders;
-- `"blurred_deletion"`: deletion ends there too, instead of at the mean colour, whose hard edges are objects of their own;
-- `"random_ties"`: pixels of equal saliency are taken in one fixed random order instead of by index, which removes the flat part of a
-  map from its lower right corner upwards.
+- `"hiding_blur"`: insertion starts from a blur that hides the object (a Gaussian whose sigma is 1/16 of the image's
+  longer side, with mirrored borders) instead of a 5x5 one that leaves most classes recognisable and darkens the
+  borders;
+- `"blurred_deletion"`: deletion ends there too, instead of at the mean colour, whose hard edges are objects of their
+  own;
+- `"random_ties"`: pixels of equal saliency are taken in one fixed random order instead of by index, which removes the
+  flat part of a map from its lower right corner upwards.
 """
 
 from collections.abc import Iterator
