@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -146,13 +147,13 @@ class TrainingArguments:
         not_negative += ("strip_steps", "classifier_l2", "cache_limit_gib")
         fractions = ("max_bad_fraction", "warmup", "label_smoothing", "momentum", "ema_decay")
         for names, low, high, words in (
-            (positive, 0, None, "be positive"),
-            (not_negative, -1e-12, None, "not be negative"),
+            (positive, 0, math.inf, "be positive"),
+            (not_negative, -1e-12, math.inf, "not be negative"),
             (fractions, -1e-12, 1, "be in [0, 1)"),
         ):
             for name in names:
                 value = getattr(self, name)
-                if value is not None and not (value > low and (high is None or value < high)):
+                if value is not None and not low < value < high:
                     raise ValueError(f"{name} must {words}, got {value}.")
 
     def _check_contradictions(self) -> None:
@@ -200,7 +201,8 @@ def _coerce(name: str, value, annotation):
             raise wrong
         return words[str(value).lower()]
     if typing.get_origin(kind) is tuple:
-        return tuple(str(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+        entries = tuple(str(entry) for entry in (value if isinstance(value, (list, tuple)) else [value]))
+        return (None if _is_optional(annotation) else ()) if entries in (("none",), ("null",)) else entries
     if kind is str:
         if isinstance(value, bool):  # YAML 1.1 reads a bare `no` as false
             value = "no" if value is False else "yes"

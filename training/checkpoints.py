@@ -1,6 +1,5 @@
 """Checkpoints that can be trusted: whole or absent, verified by checksum, with the one before to fall back on."""
 
-import json
 import random
 import shutil
 from pathlib import Path
@@ -10,9 +9,9 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from .storage import new_folder, sha256, torch_bytes, write_file
+from .storage import new_folder, read_json, sha256, torch_bytes, write_file, write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"  # checksums of all other files; where the run stands
 _PREFIX = "step-"
 
 
@@ -44,9 +43,8 @@ def save_checkpoint(
         write_file(partial / "optimizer.pt", torch_bytes(optimizer))
         for rank, value in enumerate(ranks):
             write_file(partial / f"rank-{rank:05d}.pt", torch_bytes(value))
-        files = {path.name: sha256(path) for path in sorted(partial.iterdir())}
-        manifest = {"step": step, "state": state, "world_size": len(ranks), "sha256": files}
-        write_file(partial / MANIFEST, json.dumps(manifest, indent=2).encode())
+        write_json(partial / STATE, {"step": step, "state": state})
+        write_json(partial / MANIFEST, {path.name: sha256(path) for path in sorted(partial.iterdir())})
     for old in _checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -65,6 +63,8 @@ def load_checkpoint(folder: Path) -> tuple[dict | None, list[str]]:
             return _read(path), notes
         except (OSError, ValueError, KeyError) as error:
             notes.append(f"checkpoint {path.name} is damaged ({error}); using the one before")
+    if notes:
+        notes.append("no checkpoint is intact: beginning again")
     return None, notes
 
 
@@ -74,14 +74,14 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict:
-    manifest = json.loads((path / MANIFEST).read_text())
-    for name, checksum in manifest["sha256"].items():
+    manifest = read_json(path / MANIFEST)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds no checksums")
+    for name, checksum in manifest.items():
         if sha256(path / name) != checksum:
             raise ValueError(f"{name} does not match its checksum")
-    names = sorted(name for name in manifest["sha256"] if name.startswith("rank-"))
-    return {
-        "step": manifest["step"],
-        "state": manifest["state"],
+    names = sorted(name for name in manifest if name.startswith("rank-"))
+    return read_json(path / STATE) | {
         "tensors": load_tensors((path / "model.safetensors").read_bytes()),
         "optimizer": torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True),
         "ranks": [torch.load(path / name, map_location="cpu", weights_only=True) for name in names],

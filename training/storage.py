@@ -34,6 +34,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         if final.exists():
             os.replace(final, old)
         os.replace(partial, final)
+        _flush(final.parent)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         raise _explain(error, final) from error
@@ -99,8 +100,14 @@ def sha256(path: Path) -> str:
 
 
 def _flush(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+    """Have a file's contents, or a folder's list of names, on the disk."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _explain(error: Exception, path: Path) -> Exception:

@@ -26,6 +26,8 @@ def test_recipe_and_command_line(tmp_path):
 def test_none_is_a_value_where_it_is_a_choice():
     args = parse_arguments(["--tracker", "none", "--augmentation", "none", "--num_workers", "none"])
     assert (args.tracker, args.augmentation, args.num_workers) == ("none", "none", None)
+    args = parse_arguments(["--stream_layers", "none", "--evaluation_controls", "none"])
+    assert (args.stream_layers, args.evaluation_controls) == (None, ())
 
 
 def test_unknown_options_suggest_the_closest(tmp_path):
@@ -43,6 +45,7 @@ def test_unknown_options_suggest_the_closest(tmp_path):
         (["--epochs", "1.5"], "epochs must be a whole number"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--learning_rate", "nan"], "learning_rate must be positive"),
+        (["--learning_rate", "inf"], "learning_rate must be positive"),
         (["--warmup", "1"], "warmup must be in [0, 1)"),
         (["--objective", "magic"], "objective must be one of cross_entropy, distill, masked_distill, got 'magic'"),
         (["--cache_features", "perhaps"], "cache_features must be true or false"),

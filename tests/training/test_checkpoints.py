@@ -33,7 +33,7 @@ def test_newest_is_loaded_and_old_ones_go(tmp_path):
     assert checkpoint["tensors"]["weight"].tolist() == [15.0, 15.0, 15.0]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rank-00001.pt", "manifest.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rank-00001.pt", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
 def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     save(tmp_path, 1)
@@ -48,6 +48,13 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     checkpoint, notes = load_checkpoint(tmp_path)
     assert checkpoint["step"] == 1
     assert len(notes) == 1 and "step-00000002 is damaged" in notes[0]
+
+
+def test_without_an_intact_one_the_run_begins_again_and_says_so(tmp_path):
+    (save(tmp_path, 1) / "state.json").write_text('{"step": 2, "state": {"at": 2}}')  # valid, but not what was saved
+    checkpoint, notes = load_checkpoint(tmp_path)
+    assert checkpoint is None
+    assert "state.json does not match its checksum" in notes[0] and "beginning again" in notes[1]
 
 
 def test_random_states_return():
