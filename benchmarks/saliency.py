@@ -35,7 +35,10 @@ def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
-    """Grad-CAM of the predicted class, under "ca", as each package does it; the first one is the plain forward pass."""
+    """Grad-CAM of a given class, under "ca", as each package does it; the first one is the plain forward pass.
+
+    castream takes its turn a second time without being given the class, so that it has to predict it.
+    """
     model, pixel_values = NETWORKS[network](), images(batch_size)
     target = forward(model, pixel_values).argmax(-1)
     labels, frozen, layer = target.tolist(), Logits(model, "ca"), pooled_layer(model)
@@ -44,6 +47,7 @@ def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
     return {
         "forward pass": partial(forward, model, pixel_values),
         "castream": partial(explain, model, pixel_values, target, "grad_cam", "ca"),
+        "castream, predicted class": partial(explain, model, pixel_values, None, "grad_cam", "ca"),
         "captum": partial(captum, "LayerGradCam", frozen, layer, pixel_values, labels),
         "torch-cam": partial(torch_cam, "GradCAM", frozen, layer, pixel_values, labels),
         "pytorch-grad-cam": partial(

@@ -6,12 +6,15 @@ within `evaluating(model)`.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+# The model that `evaluating` holds in eval mode, in this thread or task.
+_evaluated: ContextVar[nn.Module | None] = ContextVar("castream_evaluated", default=None)
 # Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
 _LAYOUT_NODES = {
     f"{name}Backward0"
@@ -37,13 +40,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Poolers and classifiers are cheap and their gradients small: they run in the model's dtype. The tensors made inside
     are ordinary ones, which autograd accepts, also within a caller's `torch.inference_mode()`.
     """
-    training = _training_modules(model)
+    nested = _evaluated.get() is model  # then no module is in train mode, and none needs to be looked at
+    training = [] if nested else _training_modules(model)
     for module in training:
         module.training = False
+    token = _evaluated.set(model)
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(model.device.type, enabled=False):
             yield
     finally:
+        _evaluated.reset(token)
         for module in training:
             module.training = True
 
@@ -88,7 +94,7 @@ class Features:
         Raises:
             ValueError: on an unknown pooling.
         """
-        pooling = self.model.config.pooling if pooling is None else pooling
+        pooling = self.model.config.resolve_pooling(pooling)
         if pooling not in self._pooled:
             with evaluating(self.model):
                 self._pooled[pooling] = pool_and_classify(self.model, self.feature_maps, self.cls_token, pooling)

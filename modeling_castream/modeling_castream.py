@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
-from .configuration_castream import POOLINGS, CAStreamConfig
+from .configuration_castream import CAStreamConfig
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 
 
@@ -285,11 +285,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
             The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
             class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` does not use.
         """
-        pooling = self.config.pooling if pooling is None else pooling
-        if pooling not in POOLINGS:
-            raise ValueError(
-                f"pooling must be one of {', '.join(POOLINGS)}, or None for the config's, got {pooling!r}."
-            )
+        pooling = self.config.resolve_pooling(pooling)
         query, attention_maps = self.stream(feature_maps)
         if pooling == "gap":
             return feature_maps[-1].mean((2, 3)), attention_maps

@@ -71,11 +71,12 @@ class ImageExplanationPipeline(Pipeline):
             One list per image of dictionaries, most likely class first (or in the order of `target`):
 
             - **label** (`str`), **score** (`float`): the class and its probability under `pooling`.
+            - **class_id** (`int`): the class again, as classes may share a label (ImageNet's two cranes).
             - **method**, **pooling**, **layer** (`str`): what the map is.
             - **saliency** (`np.ndarray`): (height, width) of the image given, float32 in [0, 1].
             - **box** (`tuple`): left, top, right, bottom of the part that the model saw, in pixels. Processors that
               crop leave out the rest: `saliency` is 0 there and says nothing about it.
-            - **overlay** (`PIL.Image`): the map over the image; grey and dark outside of `box`.
+            - **overlay** (`PIL.Image`): the map over the image; grey and pale outside of `box`.
 
         Raises:
             ValueError: on an unknown method, pooling, layer or class, an opacity outside [0, 1], or no image.
@@ -144,6 +145,7 @@ class ImageExplanationPipeline(Pipeline):
                     {
                         "label": self.model.config.id2label[target],
                         "score": target_scores[poolings.index(pooling)].item(),
+                        "class_id": target,
                         "method": method,
                         "pooling": pooling,
                         "layer": layer,
@@ -156,19 +158,20 @@ class ImageExplanationPipeline(Pipeline):
 
     def visible_box(self, size: tuple[int, int]) -> Box:
         """What the processor shows the model of an image of this (width, height); remembered, as it takes a moment."""
-        if size not in self._boxes:
-            if len(self._boxes) >= _MOST_REMEMBERED_SIZES:
+        box = self._boxes.get(size)
+        if box is None:
+            if len(self._boxes) >= _MOST_REMEMBERED_SIZES:  # another thread may do this at any time
                 self._boxes.clear()
-            self._boxes[size] = visible_box(self.image_processor, *size)
-        return self._boxes[size]
+            box = self._boxes[size] = visible_box(self.image_processor, *size)
+        return box
 
     def _targets(self, logits: torch.Tensor, target, top_k: int) -> torch.Tensor:
         """Class ids (batch_size, num_targets): the given ones for every image, or each image's most likely."""
         if target is None:
             return logits.topk(min(top_k, logits.shape[-1])).indices
         several = target if isinstance(target, (list, tuple)) else [target]
-        ids = [resolve_target(self.model.config, one, logits[:1]) for one in several]
-        return torch.stack(ids, dim=1).expand(len(logits), -1)
+        ids = [resolve_target(self.model.config, one, 1) for one in several]
+        return torch.stack(ids, dim=1).expand(len(logits), -1).to(logits.device)
 
     def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Probabilities of the targets: independent ones for a multi-label model, else they sum to 1 over classes."""

@@ -89,8 +89,8 @@ def explain(
 
     Returns:
         (batch_size, height, width), float32, in [0, 1], on the model's device. A map that is flat or has no positive
-        value is all zero, and so is that of an image with non-finite features; `empty_maps` finds them, and one warning
-        counts them.
+        value is all zero, and so is one that is not finite, as of an image with NaN pixels; `empty_maps` finds them,
+        and one warning counts them.
 
     Raises:
         ValueError: on an unknown method, pooling, layer or target, naming it.
@@ -159,14 +159,18 @@ def explain_features(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     single = pooling is None or isinstance(pooling, str)
-    poolings = [pooling or model.config.pooling] if single else list(pooling)
+    poolings = [model.config.resolve_pooling(one) for one in ([pooling] if single else pooling)]
     index = resolve_layer(model.config, layer)
     if method in _POOLED_LAYER_ONLY and index != len(features.feature_maps) - 1:
         raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
-        targets = {name: resolve_target(model.config, target, features.logits(name)) for name in poolings}
+        if target is None:
+            targets = {name: features.logits(name).argmax(-1) for name in poolings}
+        else:  # the logits, and the stream before them, are computed only where a method reads them
+            ids = resolve_target(model.config, target, len(features.pixel_values)).to(features.pixel_values.device)
+            targets = dict.fromkeys(poolings, ids)
         if method == "score_cam":
             masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
             weights = score_cam_weights(features, targets, index, chunk_size=chunk_size, **masking)
@@ -174,7 +178,7 @@ def explain_features(
         else:
             maps = {name: _raw_maps(features, targets[name], method, name, index, chunk_size) for name in poolings}
     relu = method not in _WITHOUT_RELU if relu is None else relu
-    maps = {name: _finish(one, features.logits(name), relu, normalize) for name, one in maps.items()}
+    maps = {name: _finish(one, relu, normalize) for name, one in maps.items()}
     return maps[poolings[0]] if single else maps
 
 
@@ -185,7 +189,7 @@ def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def empty_maps(maps: torch.Tensor) -> torch.Tensor:
-    """Which maps are all zero: flat, without positive value, or of an image whose features are not finite."""
+    """Which maps are all zero: flat, without positive value, or not finite before they were set to zero."""
     return maps.flatten(-2).count_nonzero(-1) == 0
 
 
@@ -203,35 +207,32 @@ def resolve_layer(config, layer: int | str) -> int:
     raise ValueError(f"layer must be one of {', '.join(names)} or an index into these, got {layer!r}.")
 
 
-def resolve_target(config, target: Target, logits: torch.Tensor) -> torch.Tensor:
+def resolve_target(config, target: Target, batch_size: int) -> torch.Tensor:
     """Class ids, one (or several) per item.
 
     Args:
-        target: as in `explain`.
-        logits: (batch_size, num_labels), whose largest is the target where that is None.
+        target: as in `explain`, but not None.
+        batch_size: number of items.
 
     Returns:
-        LongTensor (batch_size,) or (batch_size, num_targets).
+        LongTensor (batch_size,) or (batch_size, num_targets), on the device of `target`.
 
     Raises:
         ValueError: on a class that is not there, or a number of targets other than the number of items.
     """
-    if target is None:
-        return logits.argmax(-1)
-    batch_size, num_labels = logits.shape
     if not isinstance(target, torch.Tensor):
         several = not isinstance(target, str) and hasattr(target, "__len__")
         ids = [_class_id(config, entry) for entry in (target if several else [target])]
         target = torch.tensor(ids if several else ids * batch_size)
     if target.is_floating_point() or target.dtype == torch.bool or target.ndim > 2:
         raise ValueError(f"target must hold class ids, got {target.dtype} of shape {tuple(target.shape)}.")
-    target = target.to(logits.device, torch.long)
+    target = target.long()
     target = target.expand(batch_size) if target.ndim == 0 else target
     if len(target) != batch_size:
         raise ValueError(f"target must hold one class per image, got {len(target)} for {batch_size} images.")
-    wrong = target[(target < 0) | (target >= num_labels)].tolist()
+    wrong = [entry for entry in target.flatten().tolist() if not 0 <= entry < config.num_labels]
     if wrong:
-        raise ValueError(f"target must hold class ids from 0 to {num_labels - 1}, got {wrong}.")
+        raise ValueError(f"target must hold class ids from 0 to {config.num_labels - 1}, got {wrong}.")
     return target
 
 
@@ -283,9 +284,9 @@ def _attention(features: Features, target: torch.Tensor, pooling: str, layer: in
     return attention
 
 
-def _finish(maps: torch.Tensor, logits: torch.Tensor, relu: bool, normalize: bool) -> torch.Tensor:
-    """ReLU and scaling; an item with a non-finite map or logit gets a zero map, and the others do not feel it."""
-    finite = maps.isfinite().flatten(1).all(1) & logits.isfinite().all(1)
+def _finish(maps: torch.Tensor, relu: bool, normalize: bool) -> torch.Tensor:
+    """ReLU and scaling; an item with a non-finite map gets a zero map, and the others do not feel it."""
+    finite = maps.isfinite().flatten(1).all(1)
     maps = torch.where(finite.view(-1, *[1] * (maps.ndim - 1)), maps, 0)
     maps = maps.relu() if relu else maps
     return normalize_maps(maps) if normalize else maps

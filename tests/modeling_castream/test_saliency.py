@@ -285,6 +285,20 @@ def test_a_bad_item_does_not_touch_its_neighbours(method):
     torch.testing.assert_close(maps[::2], clean[::2], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["grad_cam", "cosine_cam"])
+def test_a_given_class_costs_no_pass_through_the_stream(method, monkeypatch):
+    model, pixel_values = MODELS["resnet"](), pixels()
+    expected = explain(model, pixel_values, TARGET, method)
+
+    def refuse(*args):
+        raise AssertionError("the stream ran")
+
+    monkeypatch.setattr(model.castream.stream, "forward", refuse)
+    assert torch.equal(explain(model, pixel_values, TARGET, method), expected)
+    with pytest.raises(AssertionError, match="the stream ran"):
+        explain(model, pixel_values, None, method)  # which class is predicted, only the logits say
+
+
 def test_flat_and_negative_maps_are_zero_and_counted():
     model, pixel_values = tiny_model(trained=False), pixels()
     with pytest.warns(UserWarning, match="3 of 3 raw_attention maps"):  # an untrained stream attends evenly
