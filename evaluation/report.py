@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .intervals import Interval, mean_interval, paired_interval
+from .intervals import Interval, mean_intervals
 from .settings import CONTROL_MAPS, EvaluationSettings
 from .store import TABLE_NAME, Part, write_atomically
 from .table import Row, reference_map, table_rows
@@ -36,6 +36,8 @@ CONTROL_TITLES = {
     "area": "Control: maps of equal area",
     "map_only_area": "Control: map only and equal area",
 }
+# Values whose intervals wait to be computed together: bounds memory to a few hundred MB.
+MAX_HELD = 2**24
 # Which rows of CA are compared with which rows of GAP.
 PAIRS = (
     ("", ""),
@@ -109,8 +111,8 @@ def summarize(settings: EvaluationSettings, part: Part, context: dict) -> dict:
     """
     frame = part.table.drop(["id", "insertion_curve", "deletion_curve"]).to_pandas()
     items = frame.drop_duplicates(["index", "target"])
-    values = _per_image_values(frame)
-    return {
+    values, figures = _per_image_values(frame), _Figures(settings.seed)
+    results = {
         **context,
         "settings": settings.to_dict(),
         "versions": versions(),
@@ -120,11 +122,13 @@ def summarize(settings: EvaluationSettings, part: Part, context: dict) -> dict:
             "images_without_label": int(items["correct"].isna().sum()),
             "skipped": part.skipped,
         },
-        "accuracy": _accuracy(values, settings),
-        "rows": [_summarize_row(row, values, settings) for row in table_rows(settings)],
-        "ca_minus_gap": _pairs(values, settings),
-        "method_minus_reference": _against_reference(values, settings),
+        "accuracy": _accuracy(values, settings, figures),
+        "rows": [_summarize_row(row, values, settings, figures) for row in table_rows(settings)],
+        "ca_minus_gap": _pairs(values, settings, figures),
+        "method_minus_reference": _against_reference(values, settings, figures),
     }
+    figures.fill()
+    return results
 
 
 def _per_image_values(frame: pd.DataFrame) -> dict[tuple[str, str, str], pd.DataFrame]:
@@ -138,26 +142,43 @@ def _per_image_values(frame: pd.DataFrame) -> dict[tuple[str, str, str], pd.Data
     return {key: group.groupby("index").mean(numeric_only=True) for key, group in groups}
 
 
-def _mean(values: pd.Series, seed: int) -> dict | None:
-    values = values.dropna()
-    return _entry(mean_interval(values, seed=seed), len(values)) if len(values) else None
+class _Figures:
+    """The figures of a table, whose intervals are computed many at a time: they share the draws of the images."""
+
+    def __init__(self, seed: int):
+        self.seed, self.waiting, self.held = seed, {}, 0
+
+    def mean(self, values: pd.Series) -> dict | None:
+        """Mean and interval, {"mean", "low", "high", "images"}, complete after `fill`; None without any value."""
+        values = values.dropna().to_numpy(np.float64)
+        if not len(values):
+            return None
+        entry = {"mean": None, "low": None, "high": None, "images": len(values)}
+        self.waiting.setdefault(len(values), []).append((entry, values))
+        self.held += len(values)
+        if self.held > MAX_HELD:
+            self.fill()
+        return entry
+
+    def difference(self, first: pd.Series, second: pd.Series) -> dict | None:
+        """The same for first minus second, over the images that have both."""
+        return self.mean(first - second)
+
+    def fill(self) -> None:
+        """Compute what waits."""
+        for pairs in self.waiting.values():
+            intervals = mean_intervals(np.stack([values for _, values in pairs], axis=1), seed=self.seed)
+            for (entry, _), interval in zip(pairs, intervals, strict=True):
+                entry.update(interval._asdict())
+        self.waiting, self.held = {}, 0
 
 
-def _difference(first: pd.Series, second: pd.Series, seed: int) -> dict | None:
-    both = pd.concat([first, second], axis=1, keys=["first", "second"]).dropna()
-    return _entry(paired_interval(both["first"], both["second"], seed=seed), len(both)) if len(both) else None
-
-
-def _entry(interval: Interval, images: int) -> dict:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high, "images": images}
-
-
-def _accuracy(values: dict, settings: EvaluationSettings) -> dict:
+def _accuracy(values: dict, settings: EvaluationSettings, figures: _Figures) -> dict:
     """Accuracy; an image with several labels counts as right if the predicted class is one of them."""
     correct = {pooling: values[settings.methods[0], pooling, ""]["correct"] for pooling in settings.poolings}
-    accuracy = {pooling: _mean(series, settings.seed) for pooling, series in correct.items()}
+    accuracy = {pooling: figures.mean(series) for pooling, series in correct.items()}
     if len(correct) == 2:
-        accuracy["ca_minus_gap"] = _difference(correct["ca"], correct["gap"], settings.seed)
+        accuracy["ca_minus_gap"] = figures.difference(correct["ca"], correct["gap"])
     return accuracy
 
 
@@ -165,41 +186,41 @@ def _columns(settings: EvaluationSettings) -> list[str]:
     return [*settings.metrics, "map_area", "probability"]
 
 
-def _summarize_row(row: Row, values: dict, settings: EvaluationSettings) -> dict:
+def _summarize_row(row: Row, values: dict, settings: EvaluationSettings, figures: _Figures) -> dict:
     found = values[row.method, row.pooling, row.control]
     summary = {"method": row.method, "pooling": row.pooling, "control": row.control, "scoring": row.scoring}
-    summary["metrics"] = {name: _mean(found[name], settings.seed) for name in _columns(settings)}
+    summary["metrics"] = {name: figures.mean(found[name]) for name in _columns(settings)}
     summary["images_with_empty_maps"] = int((found["empty_map"] > 0).sum())
     if "randomization" in settings.controls and row.control == "" and row.method not in CONTROL_MAPS:
-        summary["randomization_correlation"] = _mean(found["randomization_correlation"], settings.seed)
+        summary["randomization_correlation"] = figures.mean(found["randomization_correlation"])
     return summary
 
 
-def _pairs(values: dict, settings: EvaluationSettings) -> list[dict]:
+def _pairs(values: dict, settings: EvaluationSettings, figures: _Figures) -> list[dict]:
     """CA minus GAP, for each method and control that has both."""
     pairs = []
     for method in dict.fromkeys(method for method, _, _ in values):
         for ca_control, gap_control in PAIRS:
             ca, gap = values.get((method, "ca", ca_control)), values.get((method, "gap", gap_control))
             if ca is not None and gap is not None:
-                control = ca_control or gap_control
-                pairs.append({"method": method, "control": control, "metrics": _differences(ca, gap, settings)})
+                metrics = _differences(ca, gap, settings, figures)
+                pairs.append({"method": method, "control": ca_control or gap_control, "metrics": metrics})
     return pairs
 
 
-def _against_reference(values: dict, settings: EvaluationSettings) -> list[dict]:
+def _against_reference(values: dict, settings: EvaluationSettings, figures: _Figures) -> list[dict]:
     """Each method minus the reference method, under the same pooling and control."""
     reference, differences = reference_map(settings)[0], []
     for (method, pooling, control), ours in values.items():
         theirs = values.get((reference, pooling, control))
         if method != reference and theirs is not None:
             entry = {"method": method, "reference": reference, "pooling": pooling, "control": control}
-            differences.append(entry | {"metrics": _differences(ours, theirs, settings)})
+            differences.append(entry | {"metrics": _differences(ours, theirs, settings, figures)})
     return differences
 
 
-def _differences(first: pd.DataFrame, second: pd.DataFrame, settings: EvaluationSettings) -> dict:
-    return {name: _difference(first[name], second[name], settings.seed) for name in _columns(settings)}
+def _differences(first: pd.DataFrame, second: pd.DataFrame, settings: EvaluationSettings, figures: _Figures) -> dict:
+    return {name: figures.difference(first[name], second[name]) for name in _columns(settings)}
 
 
 def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) -> str:

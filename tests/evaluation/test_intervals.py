@@ -60,6 +60,21 @@ def test_blocks_hold_all_resamples(monkeypatch):
     assert means.mean() == pytest.approx(9.5, abs=0.2) and np.unique(means).size > 50
 
 
+def test_figures_of_the_same_images_share_draws_and_change_nothing():
+    values = np.random.default_rng(5).random((37, 4))
+    together = intervals.mean_intervals(values, seed=3)
+    for column, interval in zip(values.T, together, strict=True):
+        assert interval == pytest.approx(mean_interval(column, seed=3), abs=1e-12)
+
+
+def test_bootstrap_means_are_those_of_the_images_drawn():
+    """The draws again, image by image."""
+    values, generator = np.random.default_rng(6).random(11), np.random.Generator(np.random.PCG64(9))
+    drawn = generator.integers(11, size=(5, 11), dtype=np.uint32)
+    expected = [sum(values[image] for image in draw) / 11 for draw in drawn]
+    np.testing.assert_allclose(intervals._bootstrap_means(values, 5, seed=9), expected, rtol=1e-12)
+
+
 def test_one_image_has_a_mean_but_no_interval():
     assert mean_interval([4.0]) == Interval(4.0, None, None)
     assert str(mean_interval([4.0])) == "4.00 [one image]"

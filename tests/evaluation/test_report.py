@@ -8,7 +8,9 @@ from PIL import Image
 from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
 from evaluation import EvaluationSettings, evaluate_saliency
+from evaluation import report as report_module
 from evaluation.figures import ExampleRow, mean_curves, write_examples, write_report_examples
+from evaluation.intervals import mean_interval, paired_interval
 from evaluation.published import published_rows
 from evaluation.report import summarize, to_markdown
 from evaluation.store import SCHEMA, Part
@@ -53,6 +55,33 @@ def test_values_that_are_missing_are_left_out_and_counted():
     assert (share["mean"], share["images"]) == (50, 2)
     nothing = summary([row(0, "gap", None)], settings)["rows"][0]["metrics"]["mask_share"]
     assert nothing is None
+
+
+def test_intervals_are_the_same_however_many_are_computed_at_once(monkeypatch):
+    """One image lacks a value, so figures of three and of two images wait side by side."""
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("mask_share", "average_drop"))
+    numbers = np.random.default_rng(0).random((3, 2))
+    rows = [
+        row(index, pooling, 100 * numbers[index, place], mask_share=None if index == 1 else 50 * numbers[index, place])
+        for place, pooling in enumerate(("gap", "ca"))
+        for index in range(3)
+    ]
+    together = summary(rows, settings)
+    monkeypatch.setattr(report_module, "MAX_HELD", 0)
+    alone = summary(rows, settings)
+    for one, other in zip(
+        alone["rows"] + alone["ca_minus_gap"], together["rows"] + together["ca_minus_gap"], strict=True
+    ):
+        assert all(one["metrics"][name] == pytest.approx(entry) for name, entry in other["metrics"].items())
+    shares = [row["metrics"]["mask_share"] for row in together["rows"]]
+    drops = [row["metrics"]["average_drop"] for row in together["rows"]]
+    for place in range(2):
+        expected = mean_interval(50 * numbers[[0, 2], place])
+        assert shares[place] == pytest.approx(expected._asdict() | {"images": 2})
+        assert drops[place] == pytest.approx(mean_interval(100 * numbers[:, place])._asdict() | {"images": 3})
+    (pair,) = together["ca_minus_gap"]
+    expected = paired_interval(50 * numbers[[0, 2], 1], 50 * numbers[[0, 2], 0])
+    assert pair["metrics"]["mask_share"] == pytest.approx(expected._asdict() | {"images": 2})
 
 
 def test_markdown_rounds_and_names_the_sample():
