@@ -11,15 +11,17 @@ A run that was killed goes on when the same command is given again. Exit code 0:
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from evaluation import EvaluationSettings, evaluate_saliency
-from publishing import publish, write_model_card
+from modeling_castream import CAStreamForImageClassification
+from publishing import PublishError, publish, write_model_card
 from training.arguments import TrainingArguments, parse_arguments
 from training.average_precision import score_held_out
 from training.dataset import Split, open_split
@@ -27,23 +29,24 @@ from training.ema import Ema
 from training.heldout import HeldOut, measure_entropy
 from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
 from training.mixing import Mixer
-from training.model import (
-    TRAINING_FILE,
-    freeze,
-    load_model,
-    parameter_groups,
-    save_model,
-    starting_model,
-)
+from training.model import TRAINING_FILE, find_model, freeze, parameter_groups, save_model
 from training.objectives import Objective
-from training.preparation import cache_features, default_threads, fit_classifier, make_loader, watched_images
+from training.preparation import (
+    cache_features,
+    check_end,
+    default_threads,
+    fit_classifier,
+    make_loader,
+    match_labels,
+    watched_images,
+)
 from training.progress import Keeper
 from training.run_folder import RunFolder
-from training.schedules import learning_rate
-from training.steps import backward, take, to_device, total
+from training.schedules import learning_rate, run_progress
+from training.steps import backward, spare_batch, take, to_device, total
 from training.storage import read_json, write_json
 from training.transforms import ImageTransform
-from training.watching import Watch, check_loss, note_bad_images
+from training.watching import Watch, check_bad_images, check_loss, check_weights, note_bad_images
 
 EXIT_BAD_INPUT = 2
 ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is reported
@@ -54,6 +57,7 @@ def main(args: TrainingArguments) -> None:
     interruption = Interruption()
     disable_progress_bar()  # transformers shows one for every file of weights
     accelerator = start_accelerator(args)
+    settings = check_end(args, accelerator)
     folder = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()
     set_seed(args.seed)
@@ -65,18 +69,20 @@ def main(args: TrainingArguments) -> None:
         held_out = HeldOut(open_split(args, args.validation_split), args.validation_split)
 
     # The model
+    model, image_processor, unfitted = find_model(args, folder, split)
+    split = match_labels(args, accelerator, split, held_out, model.config, unfitted)
     if folder.model.is_dir():
         accelerator.print(f"training is complete: {folder.model}")
-        model, image_processor = load_model(folder.model)
     else:
-        model, image_processor = train(args, accelerator, folder, split, held_out, interruption)
+        train(args, accelerator, folder, model, image_processor, unfitted, split, held_out, interruption)
 
     # What it is worth
     if held_out and not (folder.evaluation / "results.json").is_file():
-        evaluate(args, accelerator, folder, model, image_processor, held_out)
+        evaluate(args, accelerator, folder, model, image_processor, held_out, settings)
     if accelerator.is_main_process:
         describe(args, folder)
         folder.release()
+        push(args, folder)
         print_end(folder, time.time() - started)
     accelerator.end_training()
 
@@ -98,18 +104,19 @@ def train(
     args: TrainingArguments,
     accelerator: Accelerator,
     folder: RunFolder,
+    model: CAStreamForImageClassification,
+    image_processor,
+    unfitted: bool,
     split: Split,
     held_out: HeldOut | None,
     interruption: Interruption,
-):
-    """Train from wherever the folder's run stands, and save the model."""
-    # The model as training finds it, and what of it learns
-    if folder.initial.is_dir():
-        (model, image_processor), unfitted = load_model(folder.initial), False
-    else:
-        model, image_processor, unfitted = starting_model(args, split)
+) -> None:
+    """Train a model from wherever the folder's run stands, and save it."""
+    # What learns
     weights = freeze(model, args)
     model.castream.backbone.to(memory_format=torch.channels_last)
+    if args.compile_backbone:
+        model.castream.backbone.compile()
     objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
 
     # Who reads what; a frozen backbone's part of it only once, if the settings say so
@@ -121,8 +128,6 @@ def train(
         fit_classifier(args, accelerator, folder, objective, loader, image_processor)
     watched = watched_images(accelerator, objective, held_out, image_processor, ENTROPY_IMAGES)
     entropy_before = measure_entropy(model, watched)
-    if args.compile_backbone:
-        model.castream.backbone.compile()
 
     # Optimiser, and all that a resumed run restores
     groups = parameter_groups(weights, args.weight_decay)
@@ -139,6 +144,7 @@ def train(
     accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(args).items()})
     images_in_all = args.epochs * num_rows
     watch = Watch(args, accelerator, model.config.stream_layers, images_in_all, progress)
+    rate = 0.0
     mixer = Mixer(args, model.config.num_labels, accelerator.process_index)
 
     # The loop: a step is over when all processes are; an epoch, when all have run out
@@ -147,16 +153,16 @@ def train(
         batches = loader.epoch(progress.epoch, place)
         while not is_complete(args, progress):
             taken, after = take(batches, args.gradient_accumulation_steps)
-            place, spare = after or place, taken[-1] if taken else spare or next(loader.epoch(progress.epoch))[0]
+            place, spare = after or place, taken[-1] if taken else spare or spare_batch(loader, progress.epoch)
             counts = [sum(len(batch["keys"]) for batch in taken), loader.rows, len(loader.bad), interruption.requested]
             images, rows, bad, stop = (int(count) for count in total(accelerator, counts))
             progress.rows, loader.rows = progress.rows + rows, 0
             if bad:
                 note_bad_images(args, accelerator, folder, progress, loader)
             if not images:
+                check_bad_images(args, folder, progress.bad, progress.rows)
                 break
-            used = (progress.step + 0.5) / args.max_steps if args.max_steps else 0
-            rate = learning_rate(args, used or (progress.images + images / 2) / images_in_all)
+            rate = learning_rate(args, run_progress(args, progress, images, images_in_all))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             taken = [mixer(batch, progress.step, part) for part, batch in enumerate(taken)]
@@ -173,6 +179,7 @@ def train(
             watch.step(progress, sums, images, rate)
             watch.strip(progress, objective, watched)
             if stop or progress.step % args.checkpoint_steps == 0:
+                check_weights(moving, progress, rate)
                 keeper.save(progress, place)
             if stop:
                 raise InterruptedRun(f"stopped after step {progress.step}: the same command goes on from there")
@@ -180,25 +187,29 @@ def train(
             break
         progress.epoch, place = progress.epoch + 1, None
     watch.close()
-    interruption.deferred = False
 
-    # The trained model
+    # The trained model, on every process as the first one has it
+    check_weights(moving, progress, rate)
     if ema:
         ema.apply()
+    if not args.freeze_backbone:
+        broadcast(list(model.buffers()))
     model.eval()
     if accelerator.is_main_process:
         facts = {"entropy_before": entropy_before, "entropy_after": measure_entropy(model, watched)}
         facts |= {"layers": model.config.stream_layers, "progress": asdict(progress), "entropy_images": ENTROPY_IMAGES}
         save_model(folder.model, model, image_processor, facts)
     accelerator.wait_for_everyone()
-    return model, image_processor
+    interruption.settle()
 
 
 def is_complete(args: TrainingArguments, progress) -> bool:
     return progress.epoch >= args.epochs or bool(args.max_steps and progress.step >= args.max_steps)
 
 
-def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_out: HeldOut) -> None:
+def evaluate(
+    args, accelerator, folder, model, image_processor, held_out: HeldOut, settings: EvaluationSettings
+) -> None:
     """GAP and CA side by side on held-out images."""
     if held_out.split.multi_label:
         objective = Objective(model, args, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
@@ -208,14 +219,7 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
         if accelerator.is_main_process:
             write_json(folder.path / "mean_average_precision.json", scores)
     masks = ("mask_share", "pointing_game") if held_out.has_masks else ()
-    settings = EvaluationSettings(
-        methods=tuple(args.evaluation_methods),
-        metrics=tuple(dict.fromkeys((*args.evaluation_metrics, *masks))),
-        controls=tuple(args.evaluation_controls),
-        max_images=args.evaluation_images,
-        autocast={"no": "off", None: "off"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-        seed=args.seed,
-    )
+    settings = replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *masks))))
     report = evaluate_saliency(
         model.eval(),
         image_processor,
@@ -230,7 +234,7 @@ def evaluate(args, accelerator, folder: RunFolder, model, image_processor, held_
 
 
 def describe(args: TrainingArguments, folder: RunFolder) -> None:
-    """Write the model card, and push the model if the settings say so."""
+    """Write the model card."""
     if not (folder.model / "README.md").is_file():
         results = folder.evaluation / "results.json"
         hub_id = args.model if "/" in args.model and not os.path.exists(args.model) else None
@@ -242,9 +246,20 @@ def describe(args: TrainingArguments, folder: RunFolder) -> None:
             base_model=f"timm/{args.model.removeprefix('timm:')}" if args.model.startswith("timm:") else hub_id,
             datasets=[args.dataset_name] if args.dataset_name and not os.path.exists(args.dataset_name) else None,
         )
+
+
+def push(args: TrainingArguments, folder: RunFolder) -> None:
+    """Push the model, if the settings say so.
+
+    Raises:
+        OSError: where the Hub, or the way to it, fails.
+    """
     if args.push_to_hub:
         evaluated = folder.evaluation if folder.evaluation.is_dir() else None
-        print(f"pushed: {publish(folder.model, args.hub_model_id, results_dir=evaluated).url}")
+        try:
+            print(f"pushed: {publish(folder.model, args.hub_model_id, results_dir=evaluated).url}")
+        except PublishError as error:
+            raise OSError(f"not pushed: {error} The model is complete in {folder.model}.") from error
 
 
 def print_end(folder: RunFolder, seconds: float) -> None:
@@ -269,12 +284,12 @@ def run() -> int:
     try:
         main(parse_arguments())
     except InterruptedRun as stopped:
-        print(f"train.py: {stopped}", file=sys.stderr)
+        tqdm.write(f"train.py: {stopped}", file=sys.stderr)  # on a line of its own, whatever bar was being drawn
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         if os.environ.get("CASTREAM_TRACEBACK"):
             raise
-        print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        tqdm.write(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT
     return 0
 

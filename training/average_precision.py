@@ -54,7 +54,7 @@ def score_held_out(accelerator: Accelerator, objective, held_out: HeldOut, trans
             pixels = transform(read_image(row["image"]))
         except DECODING_ERRORS:
             continue
-        ids = torch.tensor(row["label"], dtype=torch.long)
+        ids = torch.tensor(row["label"] or [], dtype=torch.long)
         batch.append((pixels, torch.zeros(model.config.num_labels).index_fill_(0, ids, 1.0)))
         if len(batch) == batch_size:
             run()

@@ -1,6 +1,8 @@
 """Opening a dataset: scenes, Hub ids, folders of images, parquet or tar shards; all by `datasets`, all streamed."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -13,6 +15,7 @@ from .scenes import scenes_data_files, write_scenes
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "classes", "target")
 MASK_COLUMN = "mask"
+UNLABELLED = -1  # what some datasets write where a label is not known
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Split:
         multi_label: whether a label is a list of class ids.
         num_rows: rows of the split, None where nobody knows without reading it all.
         unsplittable: whether it is a single stream of paths, cheap to walk through.
+        parquet_files: of the split, where they are on this machine.
+        to_model: the model's class ids by the dataset's own; None where they are the same. `match_classes` sets it.
     """
 
     stream: IterableDataset
@@ -35,6 +40,8 @@ class Split:
     multi_label: bool
     num_rows: int | None
     unsplittable: bool
+    parquet_files: tuple[str, ...] = ()
+    to_model: dict[int, int] | None = None
 
     def class_ids(self, row: dict, key: str, num_labels: int | None = None) -> list[int]:
         """Class ids of a row, one unless `multi_label`.
@@ -56,11 +63,51 @@ class Split:
                 raise ValueError(f"label {entry!r} of sample {key} is not a class: name the classes as class_names")
             if num_labels is not None and not 0 <= int(entry) < num_labels:
                 raise ValueError(f"label {entry} of sample {key} is outside 0..{num_labels - 1}")
-            ids.append(int(entry))
+            if self.to_model is not None and int(entry) not in self.to_model:
+                raise ValueError(f"label {entry} of sample {key} is outside 0..{len(self.to_model) - 1}")
+            ids.append(int(entry) if self.to_model is None else self.to_model[int(entry)])
         return ids
 
+    def match_classes(self, id2label: dict[int, str]) -> "Split":
+        """The split with the class ids of a model, found by the names where the two order the same names differently.
 
-def open_split(args: TrainingArguments, split: str, model_classes: int | None = None) -> Split:
+        Raises:
+            ValueError: where they name different numbers of different classes.
+        """
+        theirs = [id2label[index] for index in sorted(id2label)]
+        ours = self.class_names
+        if self.label_column is None or ours is None or ours == theirs:
+            return self
+        if set(ours) <= set(theirs) and len(set(theirs)) == len(theirs):
+            return replace(self, to_model={index: theirs.index(name) for index, name in enumerate(ours)})
+        if len(ours) != len(theirs):
+            raise ValueError(f"the dataset has {len(ours)} classes ({ours[0]}, ...), and the model {len(theirs)}.")
+        return self  # other names for the same classes, such as WordNet's ids
+
+    def check_labels(self, num_labels: int, may_lack: bool = False) -> None:
+        """Look at every label, where that takes seconds: those of other sources are checked as they are read.
+
+        Args:
+            may_lack: whether a row may have no label.
+
+        Raises:
+            ValueError: on a label that is no class of the model, naming its row.
+        """
+        if self.label_column is None:
+            return
+        for key, value in self._labels():
+            if not (may_lack and value in (None, UNLABELLED)):
+                self.class_ids({self.label_column: value}, key, num_labels)
+
+    def _labels(self) -> Iterator[tuple[str, object]]:
+        for path in self.parquet_files:
+            values = pq.read_table(path, columns=[self.label_column]).column(0).to_pylist()
+            yield from ((f"{Path(path).name}:{number}", value) for number, value in enumerate(values))
+        if self.unsplittable and not isinstance(self.stream.features[self.label_column], ClassLabel):
+            yield from ((f"0:{number}", row[self.label_column]) for number, row in enumerate(self.stream))
+
+
+def open_split(args: TrainingArguments, split: str) -> Split:
     """Open one split of the run's dataset.
 
     Raises:
@@ -91,9 +138,9 @@ def open_split(args: TrainingArguments, split: str, model_classes: int | None = 
     names, multi_label = _classes(features, label_column)
     names = list(args.class_names) if args.class_names else names
     only_paths = row[image_column].get("bytes") is None and stream.num_shards == 1
-    return Split(
-        stream, image_column, label_column, names, multi_label, _count(available, split, files, only_paths), only_paths
-    )
+    num_rows = _count(available, split, files, only_paths)
+    parquet = tuple(path for path in files.get("data_files", {}).get(split, ()) if path.endswith(".parquet"))
+    return Split(stream, image_column, label_column, names, multi_label, num_rows, only_paths, parquet)
 
 
 def _resolve(args: TrainingArguments, split: str) -> tuple[str, dict]:
@@ -134,7 +181,11 @@ def _of_split(files: list[str], folder: Path, args: TrainingArguments, split: st
         ValueError: where files of the other split are found, and none of this one.
     """
     splits = [name for name in (args.train_split, args.validation_split) if name]
-    found = {name: [file for file in files if name in str(Path(file).relative_to(folder))] for name in splits}
+    patterns = {name: re.compile(rf"(?<![A-Za-z0-9]){re.escape(name)}") for name in splits}  # no `test` in `latest`
+    found = {
+        name: [file for file in files if pattern.search(str(Path(file).relative_to(folder)))]
+        for name, pattern in patterns.items()
+    }
     if not any(found.values()) and split == args.train_split:
         return files
     if not found[split]:

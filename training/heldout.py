@@ -4,13 +4,13 @@ from collections.abc import Iterator
 
 import torch
 
-from .dataset import MASK_COLUMN, Split
+from .dataset import MASK_COLUMN, UNLABELLED, Split
 from .objectives import attention_entropy
 from .transforms import DECODING_ERRORS, read_image
 
 
 class HeldOut:
-    """Rows {"id", "image", "label", "mask"} of a split, in its order; images and masks stay encoded.
+    """Rows {"id", "image", "label", "mask"} of a split, in its order; images and masks stay encoded, no label is None.
 
     Args:
         split: what `open_split` returned.
@@ -25,7 +25,7 @@ class HeldOut:
         for index, row in enumerate(split.stream):
             key = f"{self.name}-{index}"
             example = {"id": key, "image": row[split.image_column], "label": None, "mask": row.get(MASK_COLUMN)}
-            if split.label_column:
+            if split.label_column and row[split.label_column] not in (None, UNLABELLED):
                 ids = split.class_ids(row, key)
                 example["label"] = ids if split.multi_label else ids[0]
             yield example

@@ -29,6 +29,16 @@ class Interruption:
         if launched and sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
+    def settle(self) -> None:
+        """End the deferral.
+
+        Raises:
+            InterruptedRun: where a signal came in the meantime.
+        """
+        self.deferred = False
+        if self.requested:
+            raise InterruptedRun("stopped: the same command goes on from here")
+
     def _handle(self, number: int, frame) -> None:
         self.requested = True
         for each in _SIGNALS:

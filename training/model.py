@@ -12,6 +12,7 @@ from modeling_castream import CAStreamConfig, CAStreamForImageClassification, CA
 
 from .arguments import TrainingArguments
 from .dataset import Split
+from .run_folder import RunFolder
 from .storage import new_folder, write_json
 
 TRAINING_FILE = "training.json"
@@ -31,10 +32,6 @@ def starting_model(args: TrainingArguments, split: Split) -> tuple[CAStreamForIm
     source, image_processor = _load_source(args)
     names, available = split.class_names, source.config.num_labels
     keep = args.classifier == "keep" or (args.classifier == "auto" and (names is None or len(names) == available))
-    if keep and names is not None and len(names) != available:
-        raise ValueError(
-            f"classifier=keep: the model has {available} classes and the dataset {len(names)}; use classifier=fit."
-        )
     if not keep and names is None:
         raise ValueError(f"classifier={args.classifier} needs a dataset that names its classes, and this one does not.")
     if keep and args.init == "gap" and _is_stream(args.model) and not _restructured(args, source.config):
@@ -45,6 +42,14 @@ def starting_model(args: TrainingArguments, split: Split) -> tuple[CAStreamForIm
         model.config.problem_type = "multi_label_classification"
     model.config.freeze_backbone, model.config.freeze_classifier = args.freeze_backbone, args.freeze_classifier
     return model, image_processor, not keep and args.classifier != "new"
+
+
+def find_model(args: TrainingArguments, folder: RunFolder, split: Split) -> tuple:
+    """What `starting_model` returns, from the run's folder where that has it already, trained or untrained."""
+    for ready in (folder.model, folder.initial):
+        if ready.is_dir():
+            return *load_model(ready), False
+    return starting_model(args, split)
 
 
 def _load_source(args: TrainingArguments) -> tuple[CAStreamForImageClassification, object]:
@@ -66,7 +71,7 @@ def _is_stream(source: str) -> bool:
 def _restructured(args: TrainingArguments, config: CAStreamConfig) -> bool:
     """Whether the settings ask for another stream than a CA-Stream source has."""
     asked = (args.variant, args.query, args.num_attention_heads)
-    layers = args.stream_layers is not None and args.stream_layers != config.stream_layers
+    layers = args.stream_layers is not None and list(args.stream_layers) != config.stream_layers
     return layers or asked != (config.variant, config.query, config.num_attention_heads)
 
 
@@ -79,7 +84,7 @@ def _rebuild(source: CAStreamForImageClassification, args: TrainingArguments, na
         id2label=old.id2label if names is None else dict(enumerate(names)),
         label2id=old.label2id if names is None else {name: index for index, name in enumerate(names)},
         variant=args.variant,
-        stream_layers=args.stream_layers,
+        stream_layers=None if args.stream_layers is None else list(args.stream_layers),
         num_attention_heads=args.num_attention_heads,
         query=args.query,
         init=args.init,

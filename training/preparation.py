@@ -1,10 +1,17 @@
 """What a run does before its first step: who reads what, the frozen backbone's part, the classifier."""
 
 import os
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from huggingface_hub import get_token
+from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
+
+from evaluation import EvaluationSettings
+from modeling_castream import CAStreamConfig
 
 from .arguments import TrainingArguments
 from .data import ReaderSettings, StreamLoader
@@ -19,7 +26,7 @@ from .run_folder import RunFolder
 from .sharding import ShardPlan
 from .steps import to_device
 from .transforms import ImageTransform
-from .watching import check_bad_images
+from .watching import MIN_ROWS, check_bad_images, check_readable
 
 MAX_WORKERS = 8
 
@@ -37,6 +44,64 @@ def default_threads() -> int:
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     return int(asked) if asked.isdigit() else own_cpus()
+
+
+def check_end(args: TrainingArguments, accelerator: Accelerator) -> EvaluationSettings:
+    """Refuse at the start what would only fail at the end of a run.
+
+    Raises:
+        ValueError: on an evaluation that cannot be run, a repository's name or token that cannot be pushed with, or a
+            tracker that is not installed; in one line.
+    """
+    if args.tracker != "none" and args.tracker not in map(str, get_available_trackers()):  # accelerate goes on without
+        raise ValueError(f"tracker={args.tracker} is not installed: pip install {args.tracker}, or set tracker=none.")
+    if args.push_to_hub:
+        validate_repo_id(args.hub_model_id)
+        if accelerator.is_main_process and not get_token():
+            raise ValueError("push_to_hub=true needs a token: log in with `hf auth login`, or set HF_TOKEN.")
+    precision = accelerator.mixed_precision
+    return EvaluationSettings(
+        methods=args.evaluation_methods,
+        metrics=args.evaluation_metrics,
+        controls=args.evaluation_controls,
+        max_images=args.evaluation_images,
+        autocast={"no": "off", None: "off"}.get(precision, precision),
+        seed=args.seed,
+    )
+
+
+def match_labels(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    split: Split,
+    held_out: HeldOut | None,
+    config: CAStreamConfig,
+    unfitted: bool,
+) -> Split:
+    """Bring the labels of both splits in line with the model's classes, before any long work.
+
+    Args:
+        unfitted: whether a classifier is to be fitted to the training split's labels.
+
+    Returns:
+        The training split, without its labels where nothing needs them.
+
+    Raises:
+        ValueError: where the classes do not fit, or a label is none of them.
+    """
+    if args.objective != "cross_entropy" and not unfitted:
+        split = replace(split, label_column=None)
+    try:
+        split = split.match_classes(config.id2label)
+        if held_out:
+            held_out.split = held_out.split.match_classes(config.id2label)
+    except ValueError as error:
+        raise ValueError(f"{error} Name the right label_column, or fit the model to them: classifier=fit.") from None
+    if accelerator.is_main_process:
+        split.check_labels(config.num_labels)
+        if held_out:
+            held_out.split.check_labels(config.num_labels, may_lack=True)
+    return split
 
 
 def make_loader(
@@ -90,8 +155,13 @@ def cache_features(
         total=num_rows * args.views, unit="img", desc="caching features", disable=not accelerator.is_main_process
     )
 
+    bad = set()
+
     def advance(images: int) -> None:
         bar.update(images * world)
+        bad.update(loader.bad)
+        if loader.rows > MIN_ROWS:
+            check_bad_images(args, folder, len(bad), loader.rows)
         if interruption.requested:
             raise InterruptedRun("stopped while caching features: the same command goes on from there")
 
@@ -104,6 +174,7 @@ def cache_features(
     if accelerator.is_main_process:
         folder.note_bad_images(cached.unreadable)
     check_bad_images(args, folder, len(cached.unreadable), len(cached) + len(cached.unreadable))
+    check_readable(len(cached))
     return cached
 
 
@@ -123,6 +194,8 @@ def fit_classifier(
     model = objective.model
     batches = (to_device(batch, accelerator.device) for batch, _ in loader.epoch(0))
     features, labels = pooled_features(accelerator, model, batches, objective)
+    check_readable(len(labels))
+    loader.rows, loader.bad = 0, []  # training reads, counts and lists them again
     set_classifier(model, *fit_linear_classifier(features, labels, model.config.num_labels, args.classifier_l2))
     accelerator.print(f"fitted a linear classifier for {model.config.num_labels} classes to {len(labels)} images")
     if accelerator.is_main_process:

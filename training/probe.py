@@ -69,7 +69,7 @@ def pooled_features(accelerator: Accelerator, model: torch.nn.Module, batches: I
         pooled = model.head(feature_maps[-1].float().mean((2, 3)))
         features.append((pooled if cls_token is None else torch.cat([cls_token, pooled], -1)).float().cpu())
         labels.append(batch["labels"].cpu())
-    gathered = [(torch.cat(features), torch.cat(labels))]
+    gathered = list(zip(features, labels, strict=True))  # a process may have none
     if accelerator.num_processes > 1:
         gathered = gather_object(gathered)
-    return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True))
+    return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True)) if gathered else ((), ())

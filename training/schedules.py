@@ -1,14 +1,25 @@
 """Learning rate schedules, as functions of the progress of the run and nothing else.
 
-Progress is the fraction of the run's images that have been used. So the trace is the same for any number of processes,
-and a resumed run needs no state of a scheduler.
+Progress is the fraction of the run's images that have been used (of its steps, where max_steps ends it sooner). So the
+trace is the same for any number of processes, and a resumed run needs no state of a scheduler.
 """
 
 import math
 
 from .arguments import TrainingArguments
+from .progress import Progress
 
 ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4 / 25  # of the highest rate, as in torch's OneCycleLR
+
+
+def run_progress(args: TrainingArguments, progress: Progress, images: int, images_in_all: int) -> float:
+    """Fraction of the run at the middle of its next step, by its images or by `max_steps`, whichever ends it first.
+
+    Args:
+        images: of the step, over all processes; images_in_all: of the run's epochs.
+    """
+    by_images = (progress.images + images / 2) / images_in_all
+    return max(by_images, (progress.step + 0.5) / args.max_steps) if args.max_steps else by_images
 
 
 def learning_rate(args: TrainingArguments, progress: float) -> float:

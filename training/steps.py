@@ -14,6 +14,20 @@ def take(batches: Iterator[tuple[dict, dict]], count: int) -> tuple[list[dict], 
     return [batch for batch, _ in taken], taken[-1][1] if taken else None
 
 
+def spare_batch(loader, epoch: int) -> dict:
+    """A batch to take part with at weight zero, for a process that has used none yet; it counts as not read.
+
+    Raises:
+        ValueError: where this process has not a single image.
+    """
+    counted = loader.rows, loader.bad
+    found = next(iter(loader.epoch(epoch)), None)
+    loader.rows, loader.bad = counted
+    if found is None:
+        raise ValueError("this process has no image that can be decoded: look at the dataset, or use fewer processes.")
+    return found[0]
+
+
 def total(accelerator: Accelerator, values: list[float]) -> list[float]:
     """Sums of numbers over all processes."""
     if accelerator.num_processes == 1:

@@ -86,6 +86,30 @@ def check_loss(sums: dict[str, torch.Tensor], progress: Progress, rate: float, b
     )
 
 
+def check_weights(weights: dict[str, torch.Tensor], progress: Progress, rate: float) -> None:
+    """Keep weights that are not numbers out of every checkpoint and model: a loss may be finite once more.
+
+    Raises:
+        ValueError: naming the weight, the step and the learning rate.
+    """
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(
+                f"{name} is no longer finite after step {progress.step} with learning rate {rate:.3g}: lower "
+                "learning_rate or raise warmup; the last checkpoint is from before."
+            )
+
+
+def check_readable(images: int) -> None:
+    """Stop where there is nothing to train on.
+
+    Raises:
+        ValueError: where not a single image could be decoded.
+    """
+    if not images:
+        raise ValueError("not one image of the training split could be decoded: see bad_images.txt.")
+
+
 def note_bad_images(args: TrainingArguments, accelerator: Accelerator, folder: RunFolder, progress, loader) -> None:
     """Count and list the images that did not decode since the last time, over all processes.
 

@@ -9,6 +9,7 @@ import pytest
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 from training.arguments import TrainingArguments
 from training.dataset import open_split
+from training.heldout import HeldOut
 
 
 def open_folder(folder, split="train", **settings):
@@ -88,6 +89,39 @@ def test_unlabelled_training_and_labelled_test_images(tmp_path):
     split = open_folder(tmp_path, "test", objective="masked_distill")
     assert [split.class_ids(row, "key") for row in split.stream] == [[2], [0], [1]]
     assert "objective=cross_entropy needs labels" in refused(tmp_path)
+
+
+def test_classes_are_the_models_by_name(tmp_path):
+    """A folder of two of the three classes numbers them otherwise than the model."""
+    for index in range(6):
+        write_image(tmp_path / "train" / CLASSES[index % 2] / f"{index}.jpg", index)
+    split = open_folder(tmp_path).match_classes(dict(enumerate(CLASSES)))
+    found = {CLASSES[split.class_ids(row, "key", 3)[0]] for row in split.stream if "red" in row["image"]["path"]}
+    assert split.class_names == ["green", "red"] and found == {"red"}
+    assert open_folder(tmp_path).match_classes({0: "n01", 1: "n02"}).to_model is None  # other names, as many
+    with pytest.raises(ValueError, match=r"the dataset has 2 classes \(green, \.\.\.\), and the model 3"):
+        open_folder(tmp_path).match_classes(dict(enumerate("abc")))
+
+
+def test_every_label_is_looked_at(tiny_dataset, tmp_path):
+    split = open_folder(tiny_dataset)
+    split.check_labels(3)
+    with pytest.raises(ValueError, match=r"label 2 of sample train-00000.parquet:2 is outside 0\.\.1"):
+        split.check_labels(2)
+    for index in range(3):
+        write_image(tmp_path / "test" / f"{index}.jpg", index)
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n0.jpg,2\n1.jpg,-1\n2.jpg,1\n")
+    split = open_folder(tmp_path, "test")
+    split.check_labels(3, may_lack=True)
+    assert [row["label"] for row in HeldOut(split, "test")] == [2, None, 1]
+    with pytest.raises(ValueError, match="label -1 of sample 0:1"):
+        split.check_labels(3)
+
+
+def test_a_splits_name_is_a_word_of_the_path(tmp_path):
+    for name in ("latest-train", "test"):
+        write_shards(tmp_path, name, [4])
+    assert open_folder(tmp_path, "test").num_rows == 4
 
 
 def test_refusals(tiny_dataset, tmp_path):

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from training.arguments import TrainingArguments
-from training.schedules import learning_rate
+from training.progress import Progress
+from training.schedules import learning_rate, run_progress
 
 
 def rates(points, **settings):
@@ -35,6 +36,12 @@ def test_cosine_by_hand():
 def test_step_divides_by_ten():
     found = rates([0.2, 0.49, 0.51, 0.99], schedule="step", epochs=20, step_epochs=10, warmup=0.0)
     assert found == pytest.approx([2, 2, 0.2, 0.2])
+
+
+def test_whichever_ends_the_run_first_sets_its_progress():
+    progress = Progress(step=10, images=400)
+    found = [run_progress(TrainingArguments(max_steps=steps), progress, 40, 1000) for steps in (None, 20, 1000)]
+    assert found == pytest.approx([0.42, 10.5 / 20, 0.42])
 
 
 def test_constant_after_warmup():

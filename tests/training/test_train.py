@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -18,12 +19,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
+from publishing import PublishError
+from tests.training.commands import ROOT, start
+from tests.training.test_dataset import write_tar
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 from training.arguments import TrainingArguments
-from training.interruption import EXIT_INTERRUPTED
+from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
 from training.watching import Watch
 
-ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
@@ -156,13 +159,121 @@ def test_a_loss_that_is_no_number_stops_with_the_culprits(run, options, monkeypa
         run(options)
 
 
-def start(options: dict, *launcher: str, **environment: str) -> subprocess.Popen:
-    words = [word for name, value in options.items() for word in (f"--{name}", "none" if value is None else str(value))]
-    command = [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"evaluation_methods": ["grad_cam", "magic_cam"]}, "methods must be different names"),
+        ({"tracker": "wandb"}, "tracker=wandb is not installed"),
+        ({"push_to_hub": True, "hub_model_id": "someone/tiny"}, "needs a token"),
+        ({"push_to_hub": True, "hub_model_id": "some one/tiny"}, "some one/tiny"),
+        ({"stream_layers": ["stage9"]}, "stage9"),
+        ({"classifier": "keep", "class_names": ["a", "b"]}, "the dataset has 2 classes (a, ...), and the model 3"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_refused_at_the_start(run, options, monkeypatch, changes, said):
+    monkeypatch.setattr("training.preparation.get_available_trackers", list)
+    monkeypatch.setattr("training.preparation.get_token", lambda: None)
+    with pytest.raises(ValueError, match=re.escape(said)) as error:
+        run(options | changes)
+    assert "\n" not in str(error.value)
+    assert not (Path(options["output_dir"]) / "checkpoints").exists()
+
+
+def test_held_out_labels_are_checked_before_training(run, options, tmp_path):
+    write_shards(tmp_path / "data", "train", [12])
+    write_shards(tmp_path / "data", "validation", [12], classes=["red", "green", "blue", "grey"], labels=4)
+    options = options | {
+        "dataset_name": str(tmp_path / "data"),
+        "validation_split": "validation",
+        "class_names": CLASSES,
+    }
+    with pytest.raises(ValueError, match=r"label 3 of sample validation-00000.parquet:3 is outside 0\.\.2"):
+        run(options)
+    assert not (Path(options["output_dir"]) / "checkpoints").exists()
+
+
+def test_photos_in_folders_need_no_classes_without_labels(run, options, tmp_path):
+    for index in range(8):
+        path = tmp_path / "photos" / "train" / ("holiday", "garden")[index % 2] / f"{index}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(make_row(index)["image"]["bytes"])
+    options = options | {"dataset_name": str(tmp_path / "photos"), "classifier": "keep", "objective": "distill"}
+    assert len(run(options)) == 4
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_dataset_of_broken_images_is_no_run(run, options, tmp_path, cached):
+    write_shards(tmp_path / "data", "train", [12], broken=tuple(range(12)))
+    options = options | {"dataset_name": str(tmp_path / "data"), "cache_features": cached, "views": 1}
+    with pytest.raises(ValueError, match=r"no image that can be decoded|12 of 12 images could not be decoded"):
+        run(options)
+    assert not (Path(options["output_dir"]) / "model").exists()
+
+
+def test_a_few_broken_images_of_a_small_dataset_stop_the_run(run, options, tmp_path):
+    write_shards(tmp_path / "data", "train", [40], broken=(3,))
+    options = options | {"dataset_name": str(tmp_path / "data")}
+    with pytest.raises(ValueError, match=r"1 of 40 images could not be decoded, more than max_bad_fraction=0\.01"):
+        run(options)
+    assert run(options | {"max_bad_fraction": 0.03})
+
+
+def test_weights_that_are_no_numbers_are_never_kept(run, options, monkeypatch):
+    original = torch.optim.AdamW.step
+
+    def step(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        self.param_groups[0]["params"][0].data[:] = float("nan")
+        return result
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(ValueError, match=r"the loss is nan at step 2|is no longer finite after step 1"):
+        run(options | {"checkpoint_steps": 1})
+    assert not (Path(options["output_dir"]) / "checkpoints").exists()
+
+
+def test_a_failed_push_says_where_the_model_is(run, options, monkeypatch):
+    def publish(*args, **kwargs):
+        raise PublishError("the Hub has a problem of its own (503).")
+
+    monkeypatch.setitem(run.main.__globals__, "publish", publish)
+    monkeypatch.setenv("HF_TOKEN", "anything")
+    options = options | {"push_to_hub": True, "hub_model_id": "someone/tiny"}
+    model = Path(options["output_dir"]) / "model"
+    with pytest.raises(OSError, match=rf"not pushed: .*\(503\)\. The model is complete in {model}"):
+        run(options)
+    monkeypatch.setitem(run.main.__globals__, "publish", lambda *args, **kwargs: FakePublished)
+    assert run(options) == [] and (model / "model.safetensors").is_file()
+
+
+def test_tar_shards_killed_and_resumed(run, options, tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / f"data/train-{shard}.tar", [make_row(index) for index in range(7 * shard, 7 * shard + 7)])
+    options = options | {"dataset_name": str(tmp_path / "data"), "train_examples": 21, "num_workers": 2}
+    expected = run(options | {"output_dir": options["output_dir"] + "-whole"})
+    run(options, killed_at=5)
+    assert run(options) == expected[3:]
+
+
+@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"compile_backbone": True, "max_steps": 2}])
+def test_bf16_and_a_compiled_backbone(run, options, changes):
+    trace = run(options | changes)
+    plain = run(options | {"output_dir": options["output_dir"] + "-plain", "max_steps": changes.get("max_steps")})
+    assert [loss for loss, _ in trace] == pytest.approx([loss for loss, _ in plain], rel=0.05)
+
+
+def test_any_subset_of_depths_can_be_trained(run, options):
+    run(options | {"stream_layers": ["stage1", "stage2"], "epochs": 1})
+    facts = json.loads((Path(options["output_dir"]) / "model" / "training.json").read_text())
+    assert facts["layers"] == ["stage1", "stage2"]
+
+
+def test_a_signal_after_the_last_step_is_not_forgotten(fresh_process_state):
+    interruption = Interruption()
+    interruption.deferred = True
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(InterruptedRun, match="goes on from here"):
+        interruption.settle()
 
 
 @pytest.mark.slow
@@ -243,6 +354,7 @@ def learning_rates(options: dict) -> list[float]:
 
 def test_what_a_run_leaves_behind(run, options, monkeypatch, capsys):
     pushed = []
+    monkeypatch.setenv("HF_TOKEN", "anything")
     monkeypatch.setitem(run.main.__globals__, "publish", lambda *args, **kw: pushed.append((args, kw)) or FakePublished)
     options = options | {"validation_split": "validation", "tracker": "tensorboard", "strip_steps": 4, "epochs": 4}
     run(options | {"push_to_hub": True, "hub_model_id": "someone/tiny", "evaluation_metrics": ["average_gain"]})

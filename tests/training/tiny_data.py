@@ -28,14 +28,17 @@ def make_row(index: int) -> dict:
     return {"image": {"bytes": encode(pixels), "path": None}, "label": index % 3, "index": index}
 
 
-def write_shards(folder: Path, split: str, sizes: list[int], broken: tuple[int, ...] = (), classes=CLASSES) -> None:
-    """Parquet shards of the sizes given, whose rows count on; those in `broken` are cut short."""
+def write_shards(
+    folder: Path, split: str, sizes: list[int], broken: tuple[int, ...] = (), classes=CLASSES, labels=3
+) -> None:
+    """Parquet shards of the sizes given, whose rows count on; those in `broken` are cut short. `labels` differ."""
     folder.mkdir(parents=True, exist_ok=True)
     schema = Features(FEATURES | {"label": ClassLabel(names=classes)}).arrow_schema
     index = 0
     for shard, size in enumerate(sizes):
         rows = [make_row(number) for number in range(index, index + size)]
         for row in rows:
+            row["label"] = row["index"] % labels
             if row["index"] in broken:
                 row["image"]["bytes"] = row["image"]["bytes"][:200]
         index += size
