@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
-from .storage import new_folder, read_json, sha256, torch_bytes, write_file, write_json
+from .storage import PARTIAL, new_folder, read_json, sha256, torch_bytes, write_file, write_json
 
 MANIFEST, STATE = "manifest.json", "state.json"  # checksums of all other files; where the run stands
 _PREFIX = "step-"
@@ -46,7 +46,7 @@ def save_checkpoint(
         write_json(partial / STATE, {"step": step, "state": state})
         write_json(partial / MANIFEST, {path.name: sha256(path) for path in sorted(partial.iterdir())})
     for old in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.replace(old.with_name(old.name + PARTIAL)))  # killed halfway, it is no damaged checkpoint
     return final
 
 

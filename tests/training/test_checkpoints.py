@@ -50,6 +50,19 @@ def test_a_damaged_one_is_passed_over_and_named(tmp_path, name, damage):
     assert len(notes) == 1 and "step-00000002 is damaged" in notes[0]
 
 
+def test_half_a_deletion_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 1, keep=1)
+
+    def killed(path, **options):
+        if path.exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("training.checkpoints.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, 2, keep=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.partial", "step-00000002"]
+
+
 def test_without_an_intact_one_the_run_begins_again_and_says_so(tmp_path):
     (save(tmp_path, 1) / "state.json").write_text('{"step": 2, "state": {"at": 2}}')  # valid, but not what was saved
     checkpoint, notes = load_checkpoint(tmp_path)
