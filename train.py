@@ -134,7 +134,7 @@ def train(
     optimizer = (
         torch.optim.SGD(groups, lr=args.learning_rate, momentum=args.momentum)
         if args.optimizer == "sgd"
-        else torch.optim.AdamW(groups, lr=args.learning_rate)
+        else torch.optim.AdamW(groups, lr=args.learning_rate, fused=True)
     )
     prepared, optimizer = accelerator.prepare(objective, optimizer)
     ema = Ema(weights, args.ema_decay) if args.ema_decay else None

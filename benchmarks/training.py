@@ -108,12 +108,12 @@ class Step:
         weights = freeze(self.model, self.args)
         self.model.castream.backbone.to(memory_format=torch.channels_last)
         self.objective = Objective(self.model, self.args, MEAN, STD)
-        self.optimizer = torch.optim.AdamW(parameter_groups(weights, 1e-2), lr=1e-4)
+        self.optimizer = torch.optim.AdamW(parameter_groups(weights, 1e-2), lr=1e-4, fused=True)
         self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         generator = torch.Generator().manual_seed(0)
         self.images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)
         self.labels = torch.randint(0, 1000, (batch_size,), generator=generator)
-        self.pixel_values = self.objective.normalize(self.images.float() / 255)
+        self.pixel_values = self.objective.normalize(self.images)
 
     def forward(self) -> int:
         with torch.no_grad(), self.autocast():

@@ -101,7 +101,7 @@ def attend(attention: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -
     """Weighted mean of a feature map: sum_p a_l(p) F_l(p), head by head.
 
     Args:
-        attention: (batch_size, num_queries * num_heads, height * width).
+        attention: (batch_size, num_queries * num_heads, height * width), in the dtype of the feature map.
         feature_map: (batch_size, num_channels, height, width).
 
     Returns:
@@ -109,7 +109,7 @@ def attend(attention: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -
     """
     positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
     weights = attention.unflatten(1, (-1, num_heads)).transpose(1, 2)  # (batch, heads, queries, positions)
-    pooled = weights.to(positions.dtype) @ positions.transpose(2, 3)  # (batch, heads, queries, channels / heads)
+    pooled = weights @ positions.transpose(2, 3)  # (batch, heads, queries, channels / heads)
     return pooled.transpose(1, 2).flatten(2)
 
 
@@ -135,9 +135,9 @@ class CrossAttentionPooling(nn.Module):
     def forward(self, query: torch.Tensor, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, queries, d_l) and (batch, d_l, height, width) -> (batch, queries, d_{l+1}) and the attention
         (batch, queries * heads, height, width)."""
-        attention = attention_scores(query, feature_map, self.num_heads).softmax(-1)
+        attention = attention_scores(query, feature_map, self.num_heads).softmax(-1).to(feature_map.dtype)
         pooled = attend(attention, feature_map, self.num_heads)
-        return self.projection(pooled), attention.to(feature_map.dtype).unflatten(2, feature_map.shape[2:])
+        return self.projection(pooled), attention.unflatten(2, feature_map.shape[2:])
 
 
 class CrossAttentionStream(nn.Module):

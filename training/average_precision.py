@@ -42,7 +42,7 @@ def score_held_out(accelerator: Accelerator, objective, held_out: HeldOut, trans
 
     def run() -> None:
         pixels = torch.stack([pixels for pixels, _ in batch]).to(accelerator.device)
-        normalized = objective.normalize(pixels.float() / 255)
+        normalized = objective.normalize(pixels)
         scores = [model(normalized, pooling=pooling).logits.float().cpu() for pooling in ("gap", "ca")]
         found.append((*scores, torch.stack([labels for _, labels in batch])))
         batch.clear()

@@ -52,7 +52,7 @@ def measure_entropy(model: torch.nn.Module, pixel_values: list[torch.Tensor]) ->
 
 
 def pixel_batches(examples: HeldOut, transform, count: int, batch_size: int = 32) -> list[torch.Tensor]:
-    """The first `count` images that decode, in [0, 1], in batches.
+    """The first `count` images that decode, uint8, in batches.
 
     Args:
         transform: from a decoded image to uint8 pixels of the network's size.
@@ -65,6 +65,4 @@ def pixel_batches(examples: HeldOut, transform, count: int, batch_size: int = 32
             images.append(transform(read_image(row["image"])))
         except DECODING_ERRORS:
             continue
-    return [
-        torch.stack(images[start : start + batch_size]).float() / 255 for start in range(0, len(images), batch_size)
-    ]
+    return [torch.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]

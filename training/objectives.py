@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from .arguments import TrainingArguments
 
+WATCHED_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
+
 Features = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
 
 
@@ -39,9 +41,28 @@ class Objective(nn.Module):
         """Whether the loss needs the features of a masked view, too."""
         return self.objective == "masked_distill"
 
-    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(batch_size, 3, height, width) in [0, 1] -> normalised, channels last, which convolutions prefer."""
-        return (pixels - self.mean).div_(self.std).contiguous(memory_format=torch.channels_last)
+    def normalize(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
+        """Images as the network takes them: masked, normalised, channels last, which convolutions prefer.
+
+        A CPU goes image by image: what lies between then stays in its cache, and the only fresh memory is the
+        result's, whose pages cost more than the arithmetic. The dtype is the one that autocast, if it is on, would
+        convert the pixels to anyway.
+
+        Args:
+            images: uint8 (batch_size, 3, height, width).
+            masks: (batch_size, 1, height, width) in [0, 1], for the pixels before they are normalised.
+        """
+        kind = images.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.mean.dtype
+        normalized = torch.empty_like(images, dtype=dtype, memory_format=torch.channels_last)
+        step = 1 if kind == "cpu" else max(1, len(images))
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
+            pixels = images[part].to(self.mean.dtype).div_(255)
+            if masks is not None:
+                pixels.mul_(masks[part])
+            normalized[part] = pixels.sub_(self.mean).div_(self.std)
+        return normalized
 
     def extract(self, batch: dict) -> dict[str, Features]:
         """The backbone's part of the step: features of the view and, where the loss asks for it, of its masked twin.
@@ -51,12 +72,11 @@ class Objective(nn.Module):
         """
         images = batch["images"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone):
-            features = {"view": self.model.castream.extract_features(self.normalize(_unit(images)))}
+            features = {"view": self.model.castream.extract_features(self.normalize(images))}
             if self.uses_masks:
                 size = features["view"][0][-1].shape[2:]
                 masks = random_masks(batch["noise"].float(), size, images.shape[2:])
-                pixel_values = self.normalize(_unit(images).mul_(masks))
-                features["masked"] = self.model.castream.extract_features(pixel_values)
+                features["masked"] = self.model.castream.extract_features(self.normalize(images, masks))
         return features
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
@@ -67,8 +87,9 @@ class Objective(nn.Module):
                 (batch_size, num_labels), for `cross_entropy`, and for the accuracy.
 
         Returns:
-            `loss`, `correct` (top-1 hits, 0 without labels) as sums over the batch; `entropy` (num_blocks,): summed
-            entropy of the attention relative to the uniform one, in [0, 1] each.
+            `loss`, `correct` (top-1 hits, 0 without labels) as sums over the batch; `entropy` (num_blocks,): that of
+            the attention relative to the uniform one, in [0, 1] an image, summed over the batch as if all images had
+            the mean of the first WATCHED_IMAGES.
         """
         features = batch["features"] if "features" in batch else self.extract(batch)
         logits, attention_maps = self._logits(features["view"], self.pooling)
@@ -83,7 +104,9 @@ class Objective(nn.Module):
                 masked, _ = self._logits(features["masked"], self.pooling)
                 target = teacher.sigmoid() if self.multi_label else teacher.argmax(-1)
                 loss = loss + self._supervised(masked, target)
-        return {"loss": loss, "correct": _correct(logits, labels), "entropy": attention_entropy(attention_maps)}
+        watched = tuple(attention[:WATCHED_IMAGES] for attention in attention_maps)
+        entropy = attention_entropy(watched) * (len(logits) / len(watched[0]))
+        return {"loss": loss, "correct": _correct(logits, labels), "entropy": entropy}
 
     def _logits(self, features: Features, pooling: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         feature_maps, cls_token = features
@@ -103,11 +126,6 @@ class Objective(nn.Module):
             for sign in (1, -1)
         ]
         return sum(both).mean(-1).sum()
-
-
-def _unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 -> [0, 1], in fresh memory once and kept by nobody: both are felt beside a light network."""
-    return images.float().div_(255)
 
 
 def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:

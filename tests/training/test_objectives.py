@@ -147,5 +147,11 @@ def test_random_masks_span_zero_to_one():
 def test_views_are_normalised_as_the_processor_does(tiny_model, batch):
     objective = make(tiny_model).float()
     pixels = batch["images"].float() / 255
-    expected = (pixels - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-    torch.testing.assert_close(objective.normalize(pixels), expected)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    torch.testing.assert_close(objective.normalize(batch["images"]), (pixels - mean) / std)
+    masks = torch.rand(len(pixels), 1, *pixels.shape[2:], generator=torch.Generator().manual_seed(0))
+    masked = objective.normalize(batch["images"], masks)
+    torch.testing.assert_close(masked, (pixels * masks - mean) / std)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.normalize(batch["images"], masks), masked.bfloat16())
+    assert masked.is_contiguous(memory_format=torch.channels_last)
