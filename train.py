@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, broadcast, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,7 +29,7 @@ from training.ema import Ema
 from training.heldout import HeldOut, measure_entropy
 from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
 from training.mixing import Mixer
-from training.model import TRAINING_FILE, find_model, freeze, parameter_groups, save_model
+from training.model import TRAINING_FILE, find_model, freeze, load_model, parameter_groups, save_model
 from training.objectives import Objective
 from training.preparation import (
     cache_features,
@@ -60,6 +60,7 @@ def main(args: TrainingArguments) -> None:
     settings = check_end(args, accelerator)
     folder = RunFolder(args, accelerator.is_main_process)
     accelerator.wait_for_everyone()
+    folder.check_shared()
     set_seed(args.seed)
 
     # The dataset
@@ -75,6 +76,7 @@ def main(args: TrainingArguments) -> None:
         accelerator.print(f"training is complete: {folder.model}")
     else:
         train(args, accelerator, folder, model, image_processor, unfitted, split, held_out, interruption)
+        model, image_processor = load_model(folder.model)  # what is evaluated is what was saved, on every process
 
     # What it is worth
     if held_out and not (folder.evaluation / "results.json").is_file():
@@ -188,12 +190,10 @@ def train(
         progress.epoch, place = progress.epoch + 1, None
     watch.close()
 
-    # The trained model, on every process as the first one has it
+    # The trained model
     check_weights(moving, progress, rate)
     if ema:
         ema.apply()
-    if not args.freeze_backbone:
-        broadcast(list(model.buffers()))
     model.eval()
     if accelerator.is_main_process:
         facts = {"entropy_before": entropy_before, "entropy_after": measure_entropy(model, watched)}

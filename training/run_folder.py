@@ -90,6 +90,15 @@ class RunFolder:
                     "another output_dir, or delete that one."
                 )
 
+    def check_shared(self) -> None:
+        """Refuse a folder that this process, perhaps on another node, does not see; after the main one has claimed it.
+
+        Raises:
+            ValueError: saying so.
+        """
+        if not self._settings.is_file():
+            raise ValueError(f"output_dir={self.path} is not the same folder on all nodes: choose a shared one.")
+
     def release(self) -> None:
         """Give the folder free and tidy up what only a running training needs."""
         shutil.rmtree(self.features, ignore_errors=True)

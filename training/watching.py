@@ -21,7 +21,7 @@ class Watch:
 
     Args:
         layers: names of the stream's blocks, for the entropy of their attention.
-        images: of the whole run.
+        images: of all epochs; with `max_steps`, the bar ends where these do.
         progress: where the run stands at the start.
     """
 
@@ -32,6 +32,8 @@ class Watch:
         self.supervised = args.objective == "cross_entropy"
         self.sums, self.images, self.since = {}, 0, time.time()
         main = accelerator.is_main_process
+        step_images = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        images = min(images, args.max_steps * step_images) if args.max_steps else images
         self.bar = tqdm(total=images, initial=progress.images, unit="img", desc="training", disable=not main)
 
     def step(self, progress: Progress, sums: dict[str, torch.Tensor], images: int, rate: float) -> None:
@@ -61,6 +63,10 @@ class Watch:
             for tracker in self.accelerator.trackers:
                 if tracker.name == "tensorboard":
                     tracker.writer.add_image("saliency", picture, progress.step, dataformats="HWC")
+                elif tracker.name == "trackio":
+                    import trackio  # installed, since it is the tracker
+
+                    tracker.tracker.log({"saliency": trackio.Image(picture)}, step=progress.step)
                 elif tracker.name == "wandb":
                     tracker.log_images({"saliency": [picture]}, step=progress.step)
 

@@ -8,7 +8,6 @@ import runpy
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,11 +19,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from publishing import PublishError
-from tests.training.commands import ROOT, start
+from tests.training.commands import ROOT, kill_all, start, torchrun
 from tests.training.test_dataset import write_tar
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 from training.arguments import TrainingArguments
 from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from training.run_folder import RunFolder
 from training.watching import Watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -118,6 +118,12 @@ def test_a_complete_run_is_left_as_it_is(run, options):
     after = {name: os.stat(Path(options["output_dir"]) / name).st_mtime_ns for name in layout(options["output_dir"])}
     unchanged = {name for name in before if before[name] == after.get(name)}
     assert set(before) - unchanged <= {"settings.yaml"}
+
+
+def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path):
+    folder = RunFolder(TrainingArguments(output_dir=str(tmp_path / "elsewhere")), is_main=False)
+    with pytest.raises(ValueError, match="not the same folder on all nodes"):
+        folder.check_shared()
 
 
 def test_a_folder_of_another_run_is_refused(run, options):
@@ -320,7 +326,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(options, tmp_path):
     options = options | {"dataset_name": str(tmp_path / "data"), "shuffle_window": 0, "tracker": "tensorboard"}
     one = options | {"output_dir": str(tmp_path / "one"), "batch_size": 8}
     two = options | {"output_dir": str(tmp_path / "two"), "batch_size": 4}
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29511")
+    launcher = torchrun(29511)
     for process in (start(one), start(two, *launcher, ACCELERATE_USE_CPU="1")):
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
@@ -333,7 +339,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(options, tmp_path):
 def test_uneven_shards_end_without_a_hang(options, tmp_path):
     write_shards(tmp_path / "data", "train", [21, 5, 3])
     options = options | {"dataset_name": str(tmp_path / "data"), "tracker": "tensorboard"}
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29512")
+    launcher = torchrun(29512)
     process = start(options, *launcher, ACCELERATE_USE_CPU="1")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
@@ -456,9 +462,39 @@ def test_weights_of_another_network_are_refused(run, options, tiny_model, tmp_pa
 
 
 @pytest.mark.slow
+def test_two_processes_told_to_stop_go_on_as_one_at_the_next_epoch(options):
+    options = options | {"epochs": 40, "checkpoint_steps": 1000, "num_workers": 1}
+    process = start(options, *torchrun(29514), ACCELERATE_USE_CPU="1")
+    try:
+        while process.poll() is None and "training:" not in process.stderr.readline():
+            pass
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        kill_all(process)
+    assert process.returncode != 0 and "stopped after step" in errors, errors
+    (kept,) = (Path(options["output_dir"]) / "checkpoints").iterdir()
+    process = start(options)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert f"going on after step {int(kept.name[5:])} at the start of epoch" in output
+    assert "so the rest of the epoch before is left out" in output
+
+
+@pytest.mark.slow
+def test_fewer_shards_than_processes_are_refused(options, tmp_path):
+    write_shards(tmp_path / "data", "train", [12])
+    process = start(options | {"dataset_name": str(tmp_path / "data")}, *torchrun(29515), ACCELERATE_USE_CPU="1")
+    _, errors = process.communicate(timeout=120)
+    lines = {line for line in errors.splitlines() if line.startswith("train.py: error: ")}
+    assert process.returncode != 0 and len(lines) == 1 and "1 shards for 2 processes" in lines.pop(), errors
+
+
+@pytest.mark.slow
 def test_one_rank_killed_ends_the_others(options):
     options = options | {"epochs": 500, "max_steps": 5000, "checkpoint_steps": 5000}
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29513")
+    launcher = torchrun(29513)
     process = start(options, *launcher, ACCELERATE_USE_CPU="1")
     while process.poll() is None and "training:" not in process.stderr.readline():
         pass
