@@ -19,6 +19,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from benchmarks.curves import curve_contenders
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
@@ -26,6 +27,7 @@ from modeling_castream import explain
 from modeling_castream.saliency_castream import explain_features, extract
 
 POOLINGS = ("gap", "ca")
+KINDS = ("grad_cam", "score_cam", "curves")
 
 
 def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -79,6 +81,18 @@ def score_cam_contenders(network: str) -> dict[str, Callable]:
     }
 
 
+def insertion_deletion_contenders(network: str, batch_size: int) -> dict[str, Callable]:
+    """Insertion and deletion for both poolings; the first one is the forward passes that they need."""
+    return curve_contenders(NETWORKS[network](), images(batch_size))
+
+
+def contenders_of(kind: str, network: str, batch_size: int) -> dict[str, Callable]:
+    """The contenders of a table, each a call without arguments; the others are compared with the first one."""
+    if kind == "score_cam":
+        return score_cam_contenders(network)
+    return (grad_cam_contenders if kind == "grad_cam" else insertion_deletion_contenders)(network, batch_size)
+
+
 def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds and processor seconds of every contender in every round after those of `warm_up`."""
     names, seconds = list(contenders), {name: [] for name in contenders}
@@ -94,7 +108,7 @@ def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> di
 
 def peak_of(kind: str, network: str, contender: str, batch_size: int) -> None:
     """Run one contender once and print by how many MiB it raised the process's peak memory."""
-    contenders = grad_cam_contenders(network, batch_size) if kind == "grad_cam" else score_cam_contenders(network)
+    contenders = contenders_of(kind, network, batch_size)
     before = resident()
     forget_peak()
     contenders[contender]()
@@ -134,10 +148,11 @@ def correlation(network: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--methods", nargs="+", choices=("grad_cam", "score_cam"), default=("grad_cam", "score_cam"))
+    parser.add_argument("--methods", nargs="+", choices=KINDS, default=KINDS, help="curves: insertion and deletion")
     parser.add_argument("--rounds", type=int, default=7, help="of Grad-CAM")
     parser.add_argument("--score-cam-rounds", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=4, help="images of Grad-CAM; Score-CAM takes one")
+    parser.add_argument("--curve-rounds", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=4, help="images at a time; Score-CAM takes one")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--peak-of", nargs=3, metavar=("KIND", "NETWORK", "CONTENDER"), help=argparse.SUPPRESS)
@@ -147,17 +162,14 @@ def main() -> None:
         peak_of(*options.peak_of, options.batch_size)
         return
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
     for network in options.networks:
-        if "grad_cam" in options.methods:
-            seconds = take_turns(grad_cam_contenders(network, options.batch_size), options.rounds, warm_up=1)
-            report("grad_cam", network, seconds, options)
-        if "score_cam" not in options.methods:
-            continue
-        seconds = take_turns(score_cam_contenders(network), options.score_cam_rounds, warm_up=0)  # hundreds of passes
-        report("score_cam", network, seconds, options)
-        print(
-            f"\nscore_cam, {network}: correlation of the bfloat16 maps with the float32 ones {correlation(network):.5f}"
-        )
+        for kind in options.methods:
+            contenders = contenders_of(kind, network, options.batch_size)
+            warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
+            report(kind, network, take_turns(contenders, rounds[kind], warm_up), options)
+            if kind == "score_cam":
+                print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {correlation(network):.5f}")
 
 
 if __name__ == "__main__":
