@@ -31,10 +31,10 @@ def inside(shape: tuple[int, int], box: tuple[float, float, float, float]) -> np
 
 
 def shade(photo: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
-    """The photo, grey and dark where the model did not see it."""
+    """The photo, grey and pale where the model did not see it."""
     pixels = np.array(photo)
     unseen = ~inside(pixels.shape[:2], box)
-    pixels[unseen] = (0.5 * pixels[unseen].mean(-1, keepdims=True)).astype(np.uint8)
+    pixels[unseen] = (127.5 + 0.5 * pixels[unseen].mean(-1, keepdims=True)).astype(np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -50,7 +50,9 @@ def to_html(explanation: Explanation, colors: np.ndarray, opacity: float, depth:
         _figure(one, explanation, colors, hidden=number != depth, number=number)
         for number, one in enumerate(explanation.attention, start=1)
     ]
-    original = '<figure><div class="photo"></div><figcaption>the image</figcaption></figure>'
+    original = (
+        '<figure><div class="photo" role="img" aria-label="The image"></div><figcaption>the image</figcaption></figure>'
+    )
     groups.insert(0, _group(explanation.attention_title, [original, *depths]))
     ratio = f"{explanation.photo.width} / {explanation.photo.height}"
     return (
@@ -85,7 +87,7 @@ def _figure(
 def _legend(colors: np.ndarray, explanation: Explanation) -> str:
     stops = ", ".join(f"rgb({red} {green} {blue})" for red, green, blue in colors[:: len(colors) // 15].tolist())
     whole = inside((explanation.photo.height, explanation.photo.width), explanation.box).all()
-    note = "" if whole else '<span class="note">Dark grey: cut off before the model, it did not see it.</span>'
+    note = "" if whole else '<span class="note">Pale grey: cut off before the model, it did not see it.</span>'
     return (
         '<div class="legend"><span>least</span>'
         '<div class="bar" role="img" aria-label="Colour scale from least to most" '

@@ -71,7 +71,6 @@ class ImageExplanationPipeline(Pipeline):
             One list per image of dictionaries, most likely class first (or in the order of `target`):
 
             - **label** (`str`), **score** (`float`): the class and its probability under `pooling`.
-            - **class_id** (`int`): the class again, as classes may share a label (ImageNet's two cranes).
             - **method**, **pooling**, **layer** (`str`): what the map is.
             - **saliency** (`np.ndarray`): (height, width) of the image given, float32 in [0, 1].
             - **box** (`tuple`): left, top, right, bottom of the part that the model saw, in pixels. Processors that
@@ -145,7 +144,6 @@ class ImageExplanationPipeline(Pipeline):
                     {
                         "label": self.model.config.id2label[target],
                         "score": target_scores[poolings.index(pooling)].item(),
-                        "class_id": target,
                         "method": method,
                         "pooling": pooling,
                         "layer": layer,

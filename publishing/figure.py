@@ -53,7 +53,7 @@ def _arrange(panels: list[tuple[str, str, Image.Image]]) -> Image.Image:
     draw.text((_GAP + 2 * _SIDE, top + _BAR + 4), "1: most, of each map's own range", fill=_INK, font=font, anchor="ra")
     draw.text(
         (3 * _GAP + 2 * _SIDE, top),
-        "Grey: cut off by the image processor, the model did not see it.",
+        "Pale grey: cut off by the image processor, the model did not see it.",
         fill=_INK,
         font=font,
     )
