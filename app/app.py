@@ -53,7 +53,7 @@ def load(model: str, revision: str | None):
         raise ValueError(f"no model: {model} is neither a folder nor a Hub id USER/NAME.")
     try:
         pipe = pipeline("image-explanation", model=model, revision=revision, trust_remote_code=True)
-    except Exception as error:  # whatever remote code, network or files may raise
+    except Exception as error:  # remote code, network and files may raise anything
         raise ValueError(f"{model} does not load: {' '.join(str(error).split())}") from error
     return pipe, Path(model).resolve().name if os.path.isdir(model) else model
 
@@ -70,15 +70,19 @@ def main(arguments: list[str] | None = None) -> int:
     from page import LARGEST_UPLOAD, MOST_SESSIONS, THEME, build_page
 
     page = build_page(Explainer(pipe), title)
-    page.queue(default_concurrency_limit=2, max_size=64).launch(
-        server_port=options.port,
-        max_file_size=LARGEST_UPLOAD,
-        state_session_capacity=MOST_SESSIONS,
-        footer_links=[],
-        theme=THEME,
-        css_paths=[HERE / "page.css"],
-        share=False,
-    )
+    try:
+        page.queue(default_concurrency_limit=2, max_size=64).launch(
+            server_port=options.port,
+            max_file_size=LARGEST_UPLOAD,
+            state_session_capacity=MOST_SESSIONS,
+            footer_links=[],
+            theme=THEME,
+            css_paths=[HERE / "page.css"],
+            share=False,
+        )
+    except OSError as error:
+        print(f"app: the page cannot be served: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
     return 0
 
 

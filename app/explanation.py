@@ -99,39 +99,44 @@ class Explainer:
         blank = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE))
         self.explain(blank, self.classes(blank, top_k=1)[0][0])  # the first pass is slow: not a visitor's
 
-    def classes(self, photo: Image.Image, top_k: int = 5) -> list[tuple[str, float]]:
-        """The most likely classes and their probabilities under the model's own pooling."""
-        answers = self.pipe(photo, method="raw_attention", top_k=top_k)
-        return [(answer["label"], answer["score"]) for answer in answers]
+    def classes(self, photo: Image.Image, top_k: int = 5) -> list[tuple[int, str, float]]:
+        """The most likely classes: id, label, probability under the model's own pooling."""
+        pooling = self.pipe.model.config.pooling
+        probabilities = self._probabilities([photo], [pooling])[pooling][0]
+        scores, ids = probabilities.topk(min(top_k, len(probabilities)))
+        labels = self.pipe.model.config.id2label
+        return [(index, labels[index], score) for index, score in zip(ids.tolist(), scores.tolist(), strict=True)]
 
-    def explain(self, photo: Image.Image, label: str) -> Explanation:
-        """All maps for one class."""
-        answers = self.pipe(photo, method=list(METHODS), pooling=list(POOLINGS), target=[label])
-        attention = self.pipe(photo, method="raw_attention", layer="all", pooling="ca", target=[label])
-        after = self._probabilities_of_masked(photo, answers)
+    def explain(self, photo: Image.Image, class_id: int) -> Explanation:
+        """All maps for one class, which its label need not name alone."""
+        answers = self.pipe(photo, method=list(METHODS), pooling=list(POOLINGS), target=class_id)
+        attention = self.pipe(photo, method="raw_attention", layer="all", pooling="ca", target=class_id)
+        after = self._probabilities_of_masked(photo, answers, class_id)
         maps = [
             Map(METHODS[answer["method"]], answer["pooling"], _to_bytes(answer["saliency"]), answer["score"], left)
             for answer, left in zip(answers, after, strict=True)
         ]
         depths = [Map(answer["layer"], "ca", _to_bytes(answer["saliency"])) for answer in attention]
-        return Explanation(photo, label, answers[0]["box"], maps, depths, self.attention_title)
+        return Explanation(photo, answers[0]["label"], answers[0]["box"], maps, depths, self.attention_title)
 
-    def _probabilities_of_masked(self, photo: Image.Image, answers: list[dict]) -> list[float]:
+    def _probabilities_of_masked(self, photo: Image.Image, answers: list[dict], class_id: int) -> list[float]:
         """The class's probability for photo x map, each under its map's own pooling."""
         pixels = np.asarray(photo, dtype=np.float32)
         masked = [
             Image.fromarray((pixels * answer["saliency"][..., None]).round().astype(np.uint8)) for answer in answers
         ]
-        model, target = self.pipe.model, self.pipe.model.config.label2id[answers[0]["label"]]
-        pixel_values = self.pipe.image_processor(images=masked, return_tensors="pt")["pixel_values"]
+        found = self._probabilities(masked, list(POOLINGS))
+        return [found[answer["pooling"]][index, class_id].item() for index, answer in enumerate(answers)]
+
+    def _probabilities(self, pictures: list[Image.Image], poolings: list[str]) -> dict[str, torch.Tensor]:
+        """Pooling -> (num_pictures, num_labels)."""
+        model = self.pipe.model
+        pixel_values = self.pipe.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
         multi_label = model.config.problem_type == "multi_label_classification"
         with torch.no_grad():
-            logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in POOLINGS}
-        probabilities = {
-            pooling: values.sigmoid() if multi_label else values.softmax(-1) for pooling, values in logits.items()
-        }
-        return [probabilities[answer["pooling"]][index, target].item() for index, answer in enumerate(answers)]
+            logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in poolings}
+        return {pooling: values.sigmoid() if multi_label else values.softmax(-1) for pooling, values in logits.items()}
 
 
 def _to_bytes(saliency: np.ndarray) -> np.ndarray:

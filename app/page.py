@@ -64,14 +64,14 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
             except NoPhoto as error:
                 return None, f"**{error}**", gr.Radio([], value=None, visible=False)
             found = explainer.classes(photo)
-            choices = [(f"{label}: {score:.1%}", label) for label, score in found]
+            choices = [(f"{label}: {score:.1%}", class_id) for class_id, label, score in found]
             return photo, "", gr.Radio(choices, value=found[0][0], visible=True)
 
-        def show(photo: Image.Image | None, label: str | None, opacity: float, depth: int):
+        def show(photo: Image.Image | None, class_id: int | None, opacity: float, depth: int):
             """Maps for the chosen class."""
-            if photo is None or label is None:
+            if photo is None or class_id is None:
                 return None, EMPTY, gr.DownloadButton(value=None, interactive=False)
-            explanation = explainer.explain(photo, label)
+            explanation = explainer.explain(photo, class_id)
             picture = gr.DownloadButton(value=_save(explanation, opacity, depth), interactive=True)
             return explanation, to_html(explanation, explainer.colors, opacity, depth), picture
 
@@ -82,8 +82,9 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
             return gr.DownloadButton(value=_save(explanation, opacity, depth), interactive=True)
 
         def _save(explanation: Explanation, opacity: float, depth: int) -> str:
-            folder = tempfile.mkdtemp(dir=os.environ.get("GRADIO_TEMP_DIR"))
-            path = Path(folder) / "explanation.png"
+            # In the button's own cache, which Gradio empties: of a file elsewhere it would keep the original.
+            os.makedirs(download.GRADIO_CACHE, exist_ok=True)
+            path = Path(tempfile.mkdtemp(dir=download.GRADIO_CACHE)) / "explanation.png"
             to_picture(explanation, explainer.colors, opacity, int(depth)).save(path)
             return str(path)
 

@@ -1,8 +1,14 @@
 """What the page computes and draws, without the page."""
 
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.app.conftest import APP
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +93,16 @@ def test_maps_are_the_pipeline_s(explainer, explanation):
     assert len(explanation.maps) == 6 and len(explanation.attention) == 5
 
 
+def test_classes_of_one_label_are_told_apart(explainer, explanation, monkeypatch):
+    (first, label, score), (second, _, other) = explainer.classes(explanation.photo, top_k=2)
+    monkeypatch.setitem(explainer.pipe.model.config.id2label, second, label)
+    for class_id, probability in ((first, score), (second, other)):
+        found = explainer.explain(explanation.photo, class_id)
+        assert found.label == label
+        before = [one.before for one in found.maps if one.pooling == explainer.pipe.model.config.pooling]
+        assert before == pytest.approx([probability] * 3, abs=1e-6)
+
+
 def test_what_is_left_is_the_probability_of_the_darkened_photo(explainer, explanation):
     one = explanation.maps[-1]
     pixels = np.asarray(explanation.photo) * (one.saliency[..., None] / 255)
@@ -105,7 +121,7 @@ def test_the_overlay_mixes_photo_and_colours_inside_the_box_only(explainer, expl
     assert 0 < seen.mean() < 1  # the processor crops this photo
     expected = 0.75 * photo + 0.25 * explainer.colors[one.saliency]
     assert np.abs(shown - expected)[seen].max() <= 2
-    assert np.abs(shown - 0.5 * photo.mean(-1, keepdims=True))[~seen].max() <= 1
+    assert np.abs(shown - 127.5 - 0.5 * photo.mean(-1, keepdims=True))[~seen].max() <= 1
 
 
 def test_labels_are_escaped(explainer, explanation):
@@ -122,3 +138,15 @@ def test_the_picture_has_all_panels(explainer, explanation):
 
     picture = to_picture(explanation, explainer.colors, 0.6, 1)
     assert picture.width == 676 and picture.height > 4 * 200
+
+
+def test_a_port_in_use_is_said_in_one_line(model_dir):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, APP / "app.py", "--model", model_dir, "--port", port]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    lines = process.stderr.strip().splitlines()
+    assert process.returncode == 1 and lines[-1].startswith("app: the page cannot be served") and port in lines[-1]
+    assert "Traceback" not in process.stderr
