@@ -18,7 +18,7 @@ OWN_FILES = [
 ]
 # Another framework's weights beside ours would be a second model under the same name.
 FOREIGN_FILES = ["pytorch_model*.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack"]
-AGAIN = "Nothing was changed on the Hub; run the same command again"
+AGAIN = "No repository is left half-changed: run the same command again"
 REASONS = {
     401: "the Hub refuses the token (401): log in again with `hf auth login`, or set HF_TOKEN to a valid token",
     403: "the token may not write to {repo_id} (403): use a token with write access to it",

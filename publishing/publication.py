@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .folder import Publication, assemble, list_files
-from .hub import check_repo_id, check_token, repo_url, upload
+from .hub import PublishError, check_repo_id, check_token, repo_url, upload
 from .space import write_space
 from .verify import verify
 
@@ -89,7 +89,10 @@ def publish(
         commit = upload(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
         if space:
             write_space(space_dir, repo_id, commit.oid)
-            upload(space_dir, repo_id, repo_type="space", private=private, message="Publish the page")
+            try:
+                upload(space_dir, repo_id, repo_type="space", private=private, message="Publish the page")
+            except PublishError as error:
+                raise PublishError(f"the model is published, its page is not: {error}") from error
         url = (commit.pr_url if create_pr else None) or commit.commit_url
         return Published(files, difference, url, commit.oid, repo_url(repo_id, "space") if space else None)
 

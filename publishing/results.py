@@ -25,6 +25,9 @@ EXPLANATIONS = {
     "average_drop": "AD and AG (average drop, gain): how much of its probability the masked image loses, or gains",
     "average_increase": "AI (average increase): share of images whose probability rises",
     "insertion": "insertion and deletion: area under the probability while the most salient pixels enter or leave",
+    "positive_perturbation": "positive and negative: area under the accuracy while the most (least) salient leave",
+    "mask_share": "mask share: how much of a map's sum lies on the object",
+    "pointing_game": "pointing: share of images whose map is largest on the object",
     "sparsity": "sparsity: a map's largest value over its mean, no percentage",
     "map_area": "area: share of the image that the map keeps",
 }
@@ -72,7 +75,8 @@ def format_entry(entry: dict | None) -> str:
     if entry is None:
         return "–"
     mean, low, high = (None if entry[key] is None else round(entry[key], 2) + 0.0 for key in ("mean", "low", "high"))
-    return f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f}, {high:.2f}]"
+    # the no-break space keeps an interval on one line of a narrow column
+    return f"{mean:.2f}" if low is None else f"{mean:.2f} [{low:.2f},\u00a0{high:.2f}]"
 
 
 def _markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -56,21 +56,18 @@ def _load_elsewhere(folder: Path, image: torch.Tensor) -> dict[str, torch.Tensor
         scratch = Path(scratch)
         save_file({"image": image}, scratch / "inputs.safetensors")
         environment = {name: value for name, value in os.environ.items() if name not in _WITHHELD}
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-I",
-                SCRIPT,
-                folder.resolve(),
-                scratch / "inputs.safetensors",
-                scratch / "out.safetensors",
-            ],
-            cwd=scratch,
-            env=environment | {"HF_HOME": str(scratch / "hf_home"), "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-        )
+        files = folder.resolve(), scratch / "inputs.safetensors", scratch / "out.safetensors"
+        try:
+            process = subprocess.run(
+                [sys.executable, "-I", SCRIPT, *files],
+                cwd=scratch,
+                env=environment | {"HF_HOME": str(scratch / "hf_home"), "HF_HUB_OFFLINE": "1"},
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"the folder to publish did not load within {TIMEOUT} s: nothing was published.") from None
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise ValueError(f"the folder to publish does not load without castream installed: {reason}")

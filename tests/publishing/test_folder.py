@@ -106,9 +106,9 @@ def test_the_card_s_index_has_the_numbers_of_the_results(model_dir, tmp_path):
         ["accuracy", "average_drop", "insertion"],
     )
     text = path.read_text()
-    assert "| grad_cam | CA − GAP | -2.00 [-3.00, -1.00] | – |" in text
-    assert "| grad_cam | maps of equal area | -0.25 [-1.25, 0.75] | – |" in text
-    assert "| random | GAP | 40.00 [39.00, 41.00] | 20.00 [19.00, 21.00] |" in text
+    assert "| grad_cam | CA − GAP | -2.00 [-3.00,\u00a0-1.00] | – |" in text
+    assert "| grad_cam | maps of equal area | -0.25 [-1.25,\u00a00.75] | – |" in text
+    assert "| random | GAP | 40.00 [39.00,\u00a041.00] | 20.00 [19.00,\u00a021.00] |" in text
     assert "**40 images** of some/dataset, protocol `reference`" in text
     assert "{{" not in text.replace("{{CA-Stream", "") and "{%" not in text
 

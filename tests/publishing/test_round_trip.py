@@ -135,3 +135,18 @@ def test_the_command_says_what_it_did_and_never_the_token(tmp_path):
         for secret in (TOKEN, "hf_wrong_but_secret"):
             assert not any(secret in text for text in (wrong.stdout, wrong.stderr, right.stdout, right.stderr))
             assert not any(secret.encode() in data for data in published)
+
+
+def test_a_page_that_fails_after_its_model_is_said_so(tmp_path):
+    save_model(tmp_path / "model")
+    with HubStandIn() as hub:
+        hub.fail("POST", "/api/spaces/.*/commit/", status=403)
+        arguments = ["--model", tmp_path / "model", "--repo-id", "someone/model", "--space"]
+        failed = run_publish(hub, tmp_path, *arguments)
+        assert failed.returncode == 1
+        last = failed.stderr.splitlines()[-1]
+        assert last.startswith("publish: the model is published, its page is not: the token may not write"), last
+        commit = hub.repo("someone/model").refs["main"]
+        assert run_publish(hub, tmp_path, *arguments).returncode == 0
+        assert hub.repo("someone/model").refs["main"] == commit
+        assert "app.py" in hub.files("someone/model", kind="space")
