@@ -29,11 +29,15 @@ class Examples:
         rows: yields the rows; a second iteration starts again, unless it is an iterator.
         name: for reports.
         total: number of rows, None if unknown.
+        columns: the dataset's column of each role, {"image": ...}; none for rows that come under our names.
+        note: a sentence for the report, or "".
     """
 
     rows: Iterable[dict]
     name: str = "examples"
     total: int | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    note: str = ""
 
     def __iter__(self) -> Iterator[dict]:
         return iter(self.rows)
@@ -67,6 +71,7 @@ class Preprocessor:
     def __init__(self, image_processor):
         self.image_processor = image_processor
         black, white = (self._process([Image.new("RGB", (256, 256), (v, v, v))])[0] for v in (0, 255))
+        self.size = tuple(black.shape[1:])
         row, column = black.shape[1] // 2, black.shape[2] // 2
         low, high = black[:, row, column], white[:, row, column]
         self.std = (1 / (high - low)).tolist()
@@ -91,43 +96,15 @@ class Preprocessor:
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.mean, self.std))
         return (pixel_values * std + mean).clamp(0, 1)
 
+    def describe(self) -> dict:
+        """For the report: whose, the size of the network's input, (height, width), and its scale and offset."""
+        size = list(self.size)
+        return {"name": type(self.image_processor).__name__, "size": size, "mean": self.mean, "std": self.std}
+
     def mask(self, mask: Image.Image) -> torch.Tensor:
         """A mask (height, width), boolean, resized and cropped as its image is."""
         processed = self.to_pixel_space(self.normalized([mask.convert("RGB")]))
         return processed[0].mean(0) > 0.5
-
-
-def open_dataset(
-    name: str,
-    split: str,
-    data_files: list[str] | None = None,
-    config_name: str | None = None,
-    columns: dict[str, str] | None = None,
-    label2id: dict[str, int] | None = None,
-) -> Examples:
-    """Stream a classification dataset: a Hub id, a folder of images, parquet or webdataset files, or a builder's name.
-
-    Args:
-        name: as `datasets.load_dataset` takes it.
-        split: its split.
-        data_files: paths or patterns, for a builder such as "imagefolder", "parquet" or "webdataset".
-        config_name: the dataset's configuration.
-        columns: names of the columns, {"image": ..., "label": ..., "mask": ..., "id": ...}, where they are unusual.
-        label2id: the model's class names; used where the dataset has the same names in another order.
-
-    Raises:
-        ValueError: the dataset, split or column does not exist.
-    """
-    from datasets import load_dataset
-
-    options = {"data_files": {split: data_files}} if data_files else {}
-    try:
-        dataset = load_dataset(name, config_name, split=split, streaming=True, **options)
-    except (ValueError, OSError, ConnectionError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"dataset {name!r}, split {split!r} cannot be opened: {reason}") from None
-    title = f"{' '.join(data_files) if data_files else name} ({split})"
-    return read_examples(dataset, title, columns, label2id)
 
 
 def read_examples(
@@ -135,7 +112,12 @@ def read_examples(
 ) -> Examples:
     """Examples of a `datasets` dataset, streaming or not, or of any iterable of dictionaries.
 
-    Arguments and errors as `open_dataset`; `name` is for the report.
+    Args:
+        name: for the report.
+        columns, label2id: as for `opening.open_dataset`.
+
+    Raises:
+        ValueError: a column does not exist, or the dataset's classes are not the model's.
     """
     from datasets import Dataset, IterableDataset
 
@@ -166,8 +148,9 @@ def _with_columns(dataset, features, name, columns, label2id, total) -> Examples
             raise ValueError(f"{role}_column {column!r} is not a column of {name}, which has {', '.join(known)}.")
     if columns["image"] is None:
         raise ValueError(f"{name} has no image column among {', '.join(known)}: name it with --image-column.")
-    to_id = _label_mapping(features, columns["label"], label2id)
-    return Examples(_Rows(dataset, columns, to_id), name, total)
+    to_id, note = _label_mapping(features, columns["label"], label2id, name)
+    columns = {role: column for role, column in columns.items() if column is not None}
+    return Examples(_Rows(dataset, name, columns, to_id), name, total, columns, note)
 
 
 @dataclass
@@ -175,17 +158,32 @@ class _Rows:
     """Rows of a dataset under our names; a class, so that it can be iterated twice."""
 
     dataset: Iterable[dict]
-    columns: dict[str, str | None]
+    name: str
+    columns: dict[str, str]
     to_id: dict | None
 
     def __iter__(self) -> Iterator[dict]:
-        for row in self.dataset:
-            example = {role: row[column] for role, column in self.columns.items() if column is not None}
+        for row in self._read():
+            example = {role: row[column] for role, column in self.columns.items()}
             if self.to_id is not None and example.get("label") is not None:
                 label = example["label"]
                 many = isinstance(label, (list, tuple))
                 example["label"] = [self._class_id(one) for one in label] if many else self._class_id(label)
             yield example
+
+    def _read(self) -> Iterator[dict]:
+        """The dataset's rows; what ends them early, such as a damaged shard, is named."""
+        rows, number = iter(self.dataset), 0
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:  # every format's reader raises errors of its own
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise ValueError(f"{self.name} cannot be read beyond row {number}: {reason}") from error
+            if row is None:
+                return
+            yield row
+            number += 1
 
     def _class_id(self, label) -> int:
         if label not in self.to_id:
@@ -193,18 +191,31 @@ class _Rows:
         return self.to_id[label]
 
 
-def _label_mapping(features, column: str | None, label2id: dict[str, int] | None) -> dict | None:
-    """Dataset's label -> model's class id, or None where the ids are taken as they are."""
+def _label_mapping(features, column: str | None, label2id: dict[str, int] | None, name: str) -> tuple[dict | None, str]:
+    """Dataset's label -> model's class id, or None where the ids are taken as they are; and a note on it.
+
+    Raises:
+        ValueError: the dataset has another number of classes than the model, under other names.
+    """
     feature = (features or {}).get(column)
     feature = getattr(feature, "feature", feature)  # a list of labels
     names = getattr(feature, "names", None)
     if not label2id:
-        return None
-    if names and all(class_name in label2id for class_name in names):
-        return {index: int(label2id[class_name]) for index, class_name in enumerate(names)}
+        return None, ""
     if getattr(feature, "dtype", None) in ("string", "large_string"):
-        return {class_name: int(index) for class_name, index in label2id.items()}
-    return None
+        return {class_name: int(index) for class_name, index in label2id.items()}, ""
+    if not names or all(class_name == f"LABEL_{index}" for class_name, index in label2id.items()):
+        return None, ""  # one of the two has no names
+    num_labels = max(map(int, label2id.values())) + 1
+    unique = len(label2id) == num_labels  # two classes of a name: it does not say which is meant
+    if unique and all(class_name in label2id for class_name in names):
+        return {index: int(label2id[class_name]) for index, class_name in enumerate(names)}, ""
+    if len(names) != num_labels:
+        raise ValueError(
+            f"{name} has {len(names)} classes ({names[0]!r}, ...) and the model {num_labels} "
+            f"({next(iter(label2id))!r}, ...), and not all of the dataset's are the model's: give them the same names."
+        )
+    return None, "The dataset's classes have other names than the model's and were taken by their numbers."
 
 
 def decode_image(value) -> Image.Image:
@@ -249,7 +260,7 @@ def read_blocks(examples: Examples, block_size: int, max_images: int | None) -> 
     for index, row in enumerate(examples):
         if index == max_images:
             break
-        rows.append({"index": index, **row})
+        rows.append({**row, "index": index})
         if len(rows) == block_size:
             yield number, rows
             rows, number = [], number + 1
@@ -265,6 +276,8 @@ def prepare_block(number: int, rows: list[dict], preprocessor: Preprocessor, num
     """
     block, images = Block(number), []
     for row in rows:
+        if "image" not in row:
+            raise ValueError(f"example {row['index']} has no 'image' but {', '.join(row) or 'nothing'}.")
         identity = str(row["id"]) if row.get("id") is not None else _path_of(row)
         try:
             image = decode_image(row["image"])
@@ -296,15 +309,25 @@ def _class_ids(label, identity: str, num_labels: int) -> list[int]:
     """Class ids of a row; none for a missing label, which some datasets write as -1 or None."""
     if label is None:
         return []
+    if isinstance(label, (np.ndarray, torch.Tensor)):
+        label = label.tolist()
     if isinstance(label, bytes):
         label = label.decode()
-    values = label if isinstance(label, (list, tuple, np.ndarray, torch.Tensor)) else [label]
+    values = label if isinstance(label, (list, tuple)) else [label]
     try:
         ids = [int(value) for value in values]
+        whole = all(isinstance(value, str) or value == number for value, number in zip(values, ids, strict=True))
     except (TypeError, ValueError):
-        raise ValueError(f"image {identity!r} has the label {label!r}: give class ids, or a list of them.") from None
-    ids = [value for value in ids if value != -1]
+        whole = False
+    ids = [value for value in ids if value != -1] if whole else []
+    if not whole or len(set(ids)) < len(ids):  # zeros and ones of all classes would pass for ids
+        raise ValueError(f"image {identity!r} has the label {_brief(label)}: give a class id, or a list of them.")
     outside = [value for value in ids if not 0 <= value < num_labels]
     if outside:
         raise ValueError(f"image {identity!r} has the class id {outside[0]}: the model's are 0 to {num_labels - 1}.")
     return ids
+
+
+def _brief(label) -> str:
+    text = repr(label)
+    return text if len(text) <= 60 else f"{text[:60]}..."

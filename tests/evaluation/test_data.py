@@ -14,11 +14,11 @@ from evaluation.data import (
     Examples,
     Preprocessor,
     decode_image,
-    open_dataset,
     prepare_block,
     read_blocks,
     read_examples,
 )
+from evaluation.opening import count_rows, open_dataset
 from tests.evaluation.small import MEAN, SIZE, STD, small_examples, small_image, small_model, small_processor
 
 
@@ -68,6 +68,74 @@ def test_webdataset(tmp_path):
     examples = list(open_dataset("webdataset", "train", data_files=[str(tmp_path / "shard.tar")]))
     assert [int(row["label"]) for row in examples] == [0, 1, 2]
     assert decode_image(examples[2]["image"]).size == (80, 72)
+
+
+def write_shard(path, count=3):
+    with tarfile.open(path, "w") as archive:
+        for index in range(count):
+            for name, content in ((f"{index}.jpg", jpeg(index)), (f"{index}.cls", str(index).encode())):
+                entry = tarfile.TarInfo(name)
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+
+
+def write_parquet(path, count=3):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    rows = {"image": [small_image(seed) for seed in range(count)], "label": [seed % 2 for seed in range(count)]}
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def test_the_size_of_local_data_is_known_before_it_is_read(tmp_path):
+    """So that the progress bar can tell the time left."""
+    write_imagefolder(tmp_path / "images", each=3)
+    for number in range(2):
+        write_shard(tmp_path / f"{number}.tar")
+        write_parquet(tmp_path / f"{number}.parquet", count=4)
+    assert open_dataset(str(tmp_path / "images"), "test").total == 6
+    assert open_dataset("webdataset", "train", [f"{tmp_path}/*.tar"]).total == 6
+    assert open_dataset("parquet", "train", [f"{tmp_path}/*.parquet"]).total == 8
+
+
+def test_a_size_that_cannot_be_read_is_unknown(tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    assert count_rows("parquet", [str(tmp_path / "broken.parquet")], None) is None
+    assert count_rows("parquet", ["hf://datasets/somewhere/else.parquet"], None) is None
+    assert count_rows("imagefolder", [], None) is None
+
+
+def test_a_damaged_shard_is_one_clear_line(tmp_path):
+    write_shard(tmp_path / "0.tar", count=20)
+    whole = (tmp_path / "0.tar").read_bytes()
+    examples = open_dataset("webdataset", "train", [f"{tmp_path}/0.tar"])
+    (tmp_path / "0.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"0.tar \(train\) cannot be read beyond row \d+: \w+: .+") as caught:
+        list(examples)
+    assert "\n" not in str(caught.value)
+
+
+def named_classes(names):
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+    return Dataset.from_dict({"image": [small_image(0)], "label": [1]}, features=features)
+
+
+def test_classes_of_other_names_are_taken_by_number_only_if_there_are_as_many():
+    by_number = read_examples(named_classes(["n1", "n2"]), label2id={"ant": 0, "bee": 1})
+    assert labels_of(by_number) == [1]
+    assert by_number.note == "The dataset's classes have other names than the model's and were taken by their numbers."
+    by_name = read_examples(named_classes(["bee", "ant"]), label2id={"ant": 0, "bee": 1, "cat": 2})
+    assert labels_of(by_name) == [0] and by_name.note == ""
+    unnamed = read_examples(named_classes(["ant", "bee"]), label2id={f"LABEL_{index}": index for index in range(5)})
+    assert labels_of(unnamed) == [1] and unnamed.note == ""
+    with pytest.raises(
+        ValueError, match=r"d has 2 classes \('n1', \.\.\.\) and the model 3 \('ant', \.\.\.\), and not all"
+    ):
+        read_examples(named_classes(["n1", "n2"]), "d", label2id={"ant": 0, "bee": 1, "cat": 2})
+
+
+def test_a_class_name_that_the_model_has_twice_matches_nothing():
+    """ImageNet has two cranes: `label2id` holds the second one's number only."""
+    twice = {"ant": 0, "crane": 2}
+    assert labels_of(read_examples(named_classes(["ant", "crane", "bee"]), label2id=twice)) == [1]
 
 
 def test_labels_by_name(tmp_path):
@@ -180,7 +248,7 @@ def test_unreadable_images_are_skipped_counted_and_listed():
     sample = report.results["sample"]
     assert sample["images"] == 99
     assert [(entry["index"], entry["id"]) for entry in sample["skipped"]] == [(3, "image-3")]
-    assert "1 images could not be decoded and were skipped: image-3." in report.markdown()
+    assert "1 image could not be decoded and was skipped: image-3." in report.markdown()
     assert 3 not in set(report.per_image["index"])
 
 
@@ -196,3 +264,41 @@ def test_more_than_one_percent_unreadable_stops_the_run(known):
 def test_no_image_at_all():
     with pytest.raises(ValueError, match="holds no image"):
         evaluate([])
+
+
+@pytest.mark.parametrize(
+    "label", [[0, 1, 0, 1, 0], [0.0, 1.0, 1.0, 0.0, 0.0], 1.5, "bee", [2, 2], {"id": 3}, np.array([0, 1, 1])]
+)
+def test_a_label_that_is_no_class_id_is_refused(label):
+    """Zeros and ones of all classes would otherwise pass for ids 0 and 1."""
+    examples = small_examples(2)
+    examples[1]["label"] = label
+    with pytest.raises(ValueError, match=r"image 'image-1' has the label .*: give a class id, or a list of them"):
+        evaluate(examples)
+
+
+@pytest.mark.parametrize(
+    ("label", "target"),
+    [(np.int64(3), [3]), ("3", [3]), (torch.tensor([2, 4]), [2, 4]), ([1, -1, -1], [1]), (3.0, [3])],
+)
+def test_labels_of_all_kinds(label, target):
+    report = evaluate([small_examples(1)[0] | {"label": label}])
+    assert report.per_image["target"].tolist() == target
+
+
+def test_a_row_without_an_image_is_named():
+    with pytest.raises(ValueError, match="example 0 has no 'image' but img, index"):
+        evaluate([{"img": small_image(0)}])
+
+
+def test_rows_may_have_an_index_of_their_own():
+    report = evaluate([example | {"index": 77} for example in small_examples(3)])
+    assert report.per_image["index"].tolist() == [0, 1, 2]
+
+
+def test_metrics_of_masks_need_a_mask_column():
+    features = Features({"image": ImageFeature()})
+    dataset = Dataset.from_dict({"image": [small_image(0)]}, features=features)
+    settings = EvaluationSettings(metrics=("pointing_game", "mask_share"))
+    with pytest.raises(ValueError, match="has no mask column, which mask_share, pointing_game need"):
+        evaluate_saliency(small_model(), small_processor(), dataset, settings)
