@@ -263,7 +263,8 @@ def evaluate_block(scorer: Scorer, block: Block) -> tuple[list[dict], dict]:
     """Evaluate a block.
 
     Returns:
-        The per-image rows, and the maps by `Row.map_key` of each image's first item, on the CPU.
+        The per-image rows, and the maps by `Row.map_key` of each image's first item, on the CPU; CA's raw attention is
+        among them though no row may need it.
     """
     settings = scorer.settings
     with evaluating(scorer.model):
@@ -271,6 +272,9 @@ def evaluate_block(scorer: Scorer, block: Block) -> tuple[list[dict], dict]:
         maps = compute_maps(scorer, items, block)
         scores = score_maps(scorer, items, maps)
         correlations = randomization_correlation(scorer, items, maps) if "randomization" in settings.controls else {}
+        if "ca" in settings.poolings and "raw_attention" not in settings.methods:  # it is in the picture all the same
+            attention = _explain(scorer, items.features, items.target, "raw_attention")["ca"]
+            maps["raw_attention", "ca", False] = attention
     rows = []
     for row in table_rows(settings):
         columns = _row_columns(row, scorer, items, scores[row.map_key], block)

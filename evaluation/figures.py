@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from .perturbation import upsample_saliency
@@ -13,9 +15,11 @@ from .store import write_atomically
 
 COLOUR_MAP = "inferno"  # perceptually even and readable with any colour vision
 OPACITY = 0.7
+POOLING_LINES = {"gap": "--", "ca": "-"}
+LINE_MARKERS = ("o", "s", "^")
 MASK_COLOUR = "#39d5ff"
 # Okabe and Ito's colours, which stay apart with any colour vision
-LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 METHOD_TITLES = {
     "raw_attention": "attention",
     "attention_cam": "attention CAM",
@@ -116,7 +120,9 @@ def _draw_row(axes: Sequence, row: ExampleRow) -> None:
 
 def example_columns(methods: Sequence[str], poolings: Sequence[str]) -> list[tuple[str, str, str]]:
     """(title, method, pooling) of the paper's figure: raw attention once, then GAP | CA for each other method."""
-    columns = [("attention\n(CA)", "raw_attention", poolings[-1])] if "raw_attention" in methods else []
+    attention = "raw_attention" in methods or "ca" in poolings
+    pooling = "ca" if "ca" in poolings else poolings[-1]
+    columns = [(f"attention\n({pooling.upper()})", "raw_attention", pooling)] if attention else []
     for method in methods:
         if method != "raw_attention":
             columns += [(f"{METHOD_TITLES.get(method, method)}\n({name.upper()})", method, name) for name in poolings]
@@ -154,14 +160,16 @@ def write_curves(path: str | Path, report) -> None:
     from matplotlib.figure import Figure
 
     names = [name for name in CURVE_METRICS if name in report.settings.metrics]
-    figure = Figure(figsize=(5.2 * len(names), 4.1), dpi=130, layout="constrained")
+    methods = list(dict.fromkeys(row["method"] for row in report.results["rows"]))
+    handles = _legend(methods, report.settings.poolings)
+    columns = min(len(handles), 2 * len(names))
+    lines = -(-len(handles) // columns)
+    figure = Figure(figsize=(5.2 * len(names), 3.6 + 0.2 * lines), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axis, name in zip(axes, names, strict=True):
         for method, pooling, curve in mean_curves(report.part.table, name):
-            colour = LINE_COLOURS[_methods(report).index(method) % len(LINE_COLOURS)]
-            style = "-" if pooling == "ca" else "--"
-            label = f"{METHOD_TITLES.get(method, method)}, {pooling.upper()}"
-            axis.plot(np.linspace(0, 100, len(curve)), 100 * curve, style, color=colour, label=label, linewidth=1.6)
+            share = np.linspace(0, 100, len(curve))
+            axis.plot(share, 100 * curve, POOLING_LINES[pooling], **_line(methods.index(method)))
         better = "higher is better" if name == "insertion" else "lower is better"
         axis.set_title(f"{name} ({better})", fontsize=10)
         axis.set_xlabel(f"most salient pixels {'inserted' if name == 'insertion' else 'deleted'} (%)", fontsize=9)
@@ -170,20 +178,47 @@ def write_curves(path: str | Path, report) -> None:
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
     axes[0].set_ylabel("mean probability of the class (%)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _methods(report) -> list[str]:
-    return list(dict.fromkeys(row["method"] for row in report.results["rows"]))
+def _line(number: int) -> dict:
+    """How a method's lines look; where the colours begin again, markers tell the methods apart."""
+    again = number // len(LINE_COLOURS)
+    marks = {"marker": LINE_MARKERS[again - 1], "markersize": 3.5, "markevery": 2} if again else {}
+    return {"color": LINE_COLOURS[number % len(LINE_COLOURS)], "linewidth": 1.6, **marks}
+
+
+def _legend(methods: Sequence[str], poolings: Sequence[str]) -> list:
+    """A coloured line a method, then what solid and dashed mean."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], label=METHOD_TITLES.get(method, method), **_line(number))
+        for number, method in enumerate(methods)
+    ]
+    return handles + [
+        Line2D([], [], color="#444444", linewidth=1.6, linestyle=POOLING_LINES[name], label=f"under {name.upper()}")
+        for name in poolings
+    ]
 
 
 def mean_curves(table, name: str) -> list[tuple[str, str, np.ndarray]]:
-    """(method, pooling, mean curve) of the plain rows of a per-image table."""
-    frame = table.select(["method", "pooling", "control", f"{name}_curve"]).to_pandas()
-    frame = frame[frame.control == ""]
-    return [
-        (method, pooling, np.stack(group[f"{name}_curve"].to_numpy()).mean(0))
-        for (method, pooling), group in frame.groupby(["method", "pooling"], sort=False)
-    ]
+    """(method, pooling, mean curve) of the plain rows of a per-image table.
+
+    Images of several sizes have curves of several lengths: the shorter ones are read at the points of the longest.
+    """
+    plain = table.select(["method", "pooling", "control", f"{name}_curve"]).filter(pc.field("control") == "")
+    frame = plain.drop(["control", f"{name}_curve"]).to_pandas()
+    groups = frame.groupby(["method", "pooling"], sort=False).indices
+    means = []
+    for method, pooling in dict.fromkeys(frame.itertuples(index=False, name=None)):
+        curves = plain.column(f"{name}_curve").take(groups[method, pooling]).combine_chunks()
+        lengths = pc.list_value_length(curves).to_numpy(zero_copy_only=False)
+        points = np.linspace(0, 1, lengths.max())
+        total = np.zeros(len(points))
+        for length in np.unique(lengths):
+            same = curves.filter(pa.array(lengths == length)).flatten().to_numpy().reshape(-1, length)
+            total += np.interp(points, np.linspace(0, 1, length), same.mean(0, dtype=np.float64)) * len(same)
+        means.append((method, pooling, total / len(lengths)))
+    return means

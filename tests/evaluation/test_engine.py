@@ -57,28 +57,36 @@ def test_masking_metrics_by_their_definition(pooling):
         assert row["mask_share"] == pytest.approx(100 * share, abs=0.5)  # the mask's edge is resampled
 
 
-def test_insertion_and_deletion_by_their_definition():
-    """Pixel sets, blur and trapezoid in plain loops."""
+@pytest.mark.parametrize(("size", "steps"), [((SIZE, SIZE), 8), ((51, 37), 5), ((40, 64), 5)])
+def test_insertion_and_deletion_by_their_definition(size, steps):
+    """Pixel sets, blur and trapezoid in plain loops; 51 x 37 pixels take five steps, of which the last is smaller."""
     model, example = small_model(), small_examples(1)[0]
-    report = evaluate([example], model, methods=("grad_cam",), poolings=("ca",), metrics=("insertion", "deletion"))
-    row = report.part.table.to_pylist()[0]
-    pixel_values = small_processor()(example["image"], return_tensors="pt").pixel_values
+    processor = small_processor()
+    processor.crop_size = {"height": size[0], "width": size[1]}
+    settings = EvaluationSettings(methods=("grad_cam",), poolings=("ca",), metrics=("insertion", "deletion"))
+    row = evaluate_saliency(model, processor, [example], settings).part.table.to_pylist()[0]
+    row_0 = {"index": 0, **example}
+    pixel_values = prepare_block(
+        0, [row_0], Preprocessor(processor), 5
+    ).pixel_values  # to the bit: it decides near-ties
+    expected = processor(example["image"], return_tensors="pt").pixel_values
+    assert pixel_values.shape[2:] == size and torch.allclose(pixel_values, expected, atol=1e-5)
     saliency = explain(model, pixel_values, [example["label"]], "grad_cam", "ca")[0].flatten().tolist()
-    order = sorted(range(SIZE * SIZE), key=lambda pixel: (-saliency[pixel], -pixel))
+    order = sorted(range(size[0] * size[1]), key=lambda pixel: (-saliency[pixel], -pixel))
     from evaluation.perturbation import blur_images
 
     substrates = {"insertion": (blur_images(pixel_values), pixel_values), "deletion": (pixel_values, 0 * pixel_values)}
     for name, (start, end) in substrates.items():
         curve = []
-        for step in range(9):
+        for step in range(steps + 1):
             image = start.clone().flatten(2)
-            chosen = order[: 8 * SIZE * step]
+            chosen = order[: 8 * max(size) * step]
             image[:, :, chosen] = end.flatten(2)[:, :, chosen]
             with torch.no_grad():
                 logits = model(image.view_as(start), pooling="ca").logits
             curve.append(logits.softmax(-1)[0, example["label"]].item())
         np.testing.assert_allclose(row[f"{name}_curve"], curve, atol=1e-5)
-        area = sum((first + second) / 2 for first, second in pairwise(curve)) / 8
+        area = sum((first + second) / 2 for first, second in pairwise(curve)) / steps
         assert row[name] == pytest.approx(100 * area, abs=1e-3)
 
 
