@@ -1,10 +1,23 @@
 """Evaluate a model's saliency maps on a dataset: `python -m evaluation --help`."""
 
 import argparse
+import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from .settings import AUTOCASTS, CONTROLS, METRICS, PAPER_METRICS, POOLINGS, PROTOCOLS, TARGETS, EvaluationSettings
+from .settings import (
+    AUTOCASTS,
+    CONTROLS,
+    METRICS,
+    PAIRED_CONTROLS,
+    PAPER_METRICS,
+    POOLINGS,
+    PROTOCOLS,
+    STABLE_CHANGES,
+    TARGETS,
+    EvaluationSettings,
+)
 
 EPILOG = """examples:
   python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
@@ -50,9 +63,27 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="METRIC",
         help=_names(METRICS, PAPER_METRICS),
     )
-    add("--controls", nargs="*", choices=CONTROLS, default=(), metavar="CONTROL", help=_names(CONTROLS, ()))
-    add("--protocol", choices=PROTOCOLS, default=defaults.protocol, help="default: %(default)s, the paper's")
-    add("--target", choices=TARGETS, default=defaults.target, help="class that is explained; default: %(default)s")
+    add(
+        "--controls",
+        nargs="*",
+        choices=CONTROLS,
+        metavar="CONTROL",
+        help=f"alone for all, or some out of {', '.join(CONTROLS)}; default: none",
+    )
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=defaults.protocol,
+        metavar="PROTOCOL",
+        help="reference (the paper's, to the digit), stable, or one of stable's changes alone: "
+        f"{', '.join(STABLE_CHANGES)}; default: %(default)s",
+    )
+    add(
+        "--target",
+        choices=TARGETS,
+        default=defaults.target,
+        help="class that is explained; without a label it is the predicted one; default: %(default)s",
+    )
     add("--batch-size", type=int, default=defaults.batch_size, help="images per forward pass; default: %(default)s")
     add("--max-images", type=int, help="stop after this many images; default: all")
     add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
@@ -74,10 +105,19 @@ def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:
     return f"out of {', '.join(names)}; default: {', '.join(default) or 'none'}"
 
 
+def _controls(named: list[str] | None, poolings: Sequence[str]) -> tuple[str, ...]:
+    """The controls that an option stands for; without a name, all that the poolings allow."""
+    if named is None:
+        return ()
+    both = set(poolings) == set(POOLINGS)
+    return tuple(named) or tuple(name for name in CONTROLS if both or name not in PAIRED_CONTROLS)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = build_parser()
     options = parser.parse_args(arguments)
+    options.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if arguments is None else arguments)])
     try:
         _evaluate(options)
     except (ValueError, OSError) as error:
@@ -92,11 +132,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _evaluate(options: argparse.Namespace) -> None:
     # Checked before anything slow is imported or loaded.
+    options.controls = _controls(options.controls, options.poolings)
     settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
 
     from accelerate import Accelerator
 
-    from .data import open_dataset
+    from .opening import open_dataset
     from .runner import evaluate_saliency
 
     accelerator = Accelerator()
@@ -111,7 +152,14 @@ def _evaluate(options: argparse.Namespace) -> None:
         model.config.label2id,
     )
     report = evaluate_saliency(
-        model, image_processor, examples, settings, options.output, accelerator, model_name=options.model
+        model,
+        image_processor,
+        examples,
+        settings,
+        options.output,
+        accelerator,
+        model_name=options.model,
+        command=options.command,
     )
     if accelerator.is_main_process:
         print(report.markdown())

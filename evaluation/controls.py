@@ -4,7 +4,7 @@ Average drop, gain and increase move with the confidence of the network and with
 map shows. Each control takes one of these away:
 
     random_map, center_gaussian, uniform_map   maps that know nothing of the network
-    temperature   GAP's logits divided by the temperature at which its mean confidence is CA's
+    temperature   GAP's logits divided by the temperature at which its mean confidence (`confidences`) is CA's
     norm          CA's pooled vector scaled to the norm of GAP's, image by image
     map_only      CA's maps, all probabilities from the GAP network
     area          each map to the power at which its mean, upsampled, is that of the reference map of the same image
@@ -55,7 +55,8 @@ def match_area(saliency: torch.Tensor, area: torch.Tensor, size: tuple[int, int]
     """Raise each map to its own power, so that its mean after upsampling to `size` is `area`.
 
     The power keeps the order of the map's cells. A map of zeros and ones alone has no such power, nor has a map whose
-    nonzero part is smaller than `area`: it comes as close as the powers from 1/64 to 64 allow.
+    nonzero part is smaller than `area`: it comes as close as the powers from 1/64 to 64 allow. For an `area` of 0, that
+    of an empty map, the map becomes empty.
 
     Args:
         saliency: (batch_size, height, width) in [0, 1].
@@ -69,7 +70,8 @@ def match_area(saliency: torch.Tensor, area: torch.Tensor, size: tuple[int, int]
         mean = (_power(saliency, MAX_EXPONENT**middle) * weights).sum((1, 2))
         too_large = mean > area  # a larger exponent makes a smaller map
         low, high = torch.where(too_large, middle, low), torch.where(too_large, high, middle)
-    return _power(saliency, MAX_EXPONENT ** ((low + high) / 2))
+    matched = _power(saliency, MAX_EXPONENT ** ((low + high) / 2))
+    return torch.where((area > 0)[:, None, None], matched, 0)
 
 
 def _power(saliency: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
@@ -89,8 +91,28 @@ def match_norm(vector: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return F.normalize(vector, dim=-1) * reference.norm(dim=-1, keepdim=True)
 
 
+def confidences(probabilities: torch.Tensor, multi_label: bool) -> torch.Tensor:
+    """Confidence of each image, (batch_size,), from its probabilities (batch_size, num_labels).
+
+    The largest one; of a multi-label model, the mean over classes of the larger of p and 1 - p, since its largest p
+    rises with the temperature wherever it is below 1/2. Both fall as the temperature rises.
+    """
+    if multi_label:
+        return torch.maximum(probabilities, 1 - probabilities).mean(1)
+    return probabilities.amax(1)
+
+
 def fit_temperature(mean_confidence, target: float) -> float:
-    """The temperature T at which `mean_confidence(T)`, which falls with T, is `target`; 1/100 <= T <= 100."""
+    """The temperature T at which `mean_confidence(T)`, which falls with T, is `target`; 1/100 <= T <= 100.
+
+    Raises:
+        ValueError: there is none within these bounds.
+    """
+    if not mean_confidence(MAX_TEMPERATURE) <= target <= mean_confidence(1 / MAX_TEMPERATURE):
+        raise ValueError(
+            f"no temperature from 1/{MAX_TEMPERATURE:.0f} to {MAX_TEMPERATURE:.0f} gives GAP the mean confidence of "
+            f"CA, {target:.4f}: leave out the control 'temperature'."
+        )
     low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
     for _ in range(BISECTIONS):
         middle = (low * high) ** 0.5

@@ -3,8 +3,11 @@
 Source: CA-Stream, arXiv:2404.14996, table of interpretability metrics and accuracy.
 """
 
+import re
+
 COLUMNS = ("average_drop", "average_gain", "average_increase", "insertion", "deletion")
-DATASET = ("imagenet", "val")
+# ImageNet-1k under its usual names, as a Hub id or a path; not -v2, -sketch, -a, tiny- and their like
+IMAGENET = re.compile(r"(^|[/\\ ])(imagenet([-_]?(1k|2012)[\w-]*)?|ilsvrc[-_]?2012)([/\\ ,*]|$)")
 
 # network -> (accuracy by pooling, {(method, pooling): AD, AG, AI, I, D}), all in percent
 PUBLISHED = {
@@ -54,6 +57,7 @@ def published_rows(config, dataset: str) -> tuple[str, dict, dict] | None:
         dataset: name and split, of which the paper has ImageNet-1k's validation.
     """
     name = network_name(config)
-    if name is None or config.num_labels != 1000 or not all(word in dataset.lower() for word in DATASET):
+    dataset = dataset.lower()
+    if name is None or config.num_labels != 1000 or "val" not in dataset or not IMAGENET.search(dataset):
         return None
     return name, *PUBLISHED[name]

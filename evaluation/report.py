@@ -14,7 +14,7 @@ from .settings import CONTROL_MAPS, EvaluationSettings
 from .store import TABLE_NAME, Part, write_atomically
 from .table import Row, reference_map, table_rows
 
-PACKAGES = ("torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "timm")
+PACKAGES = ("castream", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow", "timm")
 ABBREVIATIONS = {
     "average_drop": "AD ↓",
     "average_gain": "AG ↑",
@@ -36,6 +36,7 @@ CONTROL_TITLES = {
     "area": "Control: maps of equal area",
     "map_only_area": "Control: map only and equal area",
 }
+MAX_LISTED = 20  # skipped images in results.md; results.json has all
 # Values whose intervals wait to be computed together: bounds memory to a few hundred MB.
 MAX_HELD = 2**24
 # Which rows of CA are compared with which rows of GAP.
@@ -107,7 +108,7 @@ def summarize(settings: EvaluationSettings, part: Part, context: dict) -> dict:
     """Means, intervals and paired intervals of a per-image table, over images.
 
     Args:
-        context: what else belongs into the results: model, dataset, temperature.
+        context: what else belongs into the results: model, dataset, command, temperature.
     """
     frame = part.table.drop(["id", "insertion_curve", "deletion_curve"]).to_pandas()
     items = frame.drop_duplicates(["index", "target"])
@@ -255,18 +256,27 @@ def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) 
 def _describe(results: dict) -> str:
     settings, sample = results["settings"], results["sample"]
     sentences = [
-        f"{sample['images']} images, {sample['maps_explained']} explained classes, protocol `{settings['protocol']}`, "
+        f"{_count(sample['images'])}, {sample['maps_explained']} explained classes, protocol `{settings['protocol']}`, "
         f"target `{settings['target']}`. Percent, mean over images [95 % interval, bootstrap over images]; area is the "
         "share of the image that the map keeps."
     ]
     if sample["images_without_label"]:
-        sentences.append(f"{sample['images_without_label']} images have no label: the predicted class is explained.")
+        count = _count(sample["images_without_label"], "has no label", "have no label")
+        sentences.append(f"{count}: the predicted class is explained.")
+    if results.get("note"):
+        sentences.append(results["note"])
     if sample["skipped"]:
-        skipped = ", ".join(entry["id"] for entry in sample["skipped"][:20])
-        sentences.append(f"{len(sample['skipped'])} images could not be decoded and were skipped: {skipped}.")
+        listed = ", ".join(entry["id"] for entry in sample["skipped"][:MAX_LISTED])
+        more = ", and those in results.json" if len(sample["skipped"]) > MAX_LISTED else ""
+        one, several = (f"could not be decoded and {verb} skipped" for verb in ("was", "were"))
+        sentences.append(f"{_count(len(sample['skipped']), one, several)}: {listed}{more}.")
     if results.get("temperature"):
         sentences.append(f"GAP's confidence is CA's at temperature {results['temperature']:.4f}.")
     return " ".join(sentences)
+
+
+def _count(number: int, one: str = "", several: str = "") -> str:
+    return f"{number} image {one}".rstrip() if number == 1 else f"{number} images {several}".rstrip()
 
 
 def _accuracy_lines(results: dict) -> list[str]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -11,14 +12,14 @@ from tqdm import tqdm
 
 from modeling_castream.features_castream import evaluating
 
-from .controls import fit_temperature
+from .controls import confidences, fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
 from .published import published_rows
 from .report import Report, summarize
 from .scoring import Scorer
-from .settings import EvaluationSettings
-from .store import Part, Store, fingerprint_model
+from .settings import MASK_METRICS, EvaluationSettings
+from .store import Part, Store, fingerprint_model, fingerprint_processor
 
 SECONDS_PER_PART = 30
 MAX_SKIPPED_SHARE = 0.01
@@ -35,6 +36,7 @@ def evaluate_saliency(
     *,
     model_name: str | None = None,
     dataset_name: str | None = None,
+    command: str | None = None,
 ) -> Report:
     """Evaluate a model's saliency maps. The model's mode and gradients are left as they were.
 
@@ -48,6 +50,7 @@ def evaluate_saliency(
         output_dir: where to write the report. A killed run with the same model, examples and settings goes on there.
         accelerator: an `accelerate.Accelerator`; None makes one.
         model_name, dataset_name: for the report; None takes what the model was loaded from, and what the examples say.
+        command: for the report: the command line of this evaluation, if it had one.
 
     Returns:
         The report, the same on all processes.
@@ -60,17 +63,27 @@ def evaluate_saliency(
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
     examples = read_examples(examples, dataset_name, label2id=model.config.label2id)
-    store = _open_store(output_dir, settings, model, examples, accelerator)
+    need_mask = [name for name in MASK_METRICS if name in settings.metrics]
+    if need_mask and examples.columns and "mask" not in examples.columns:
+        raise ValueError(
+            f"{examples.name} has no mask column, which {', '.join(need_mask)} need: name it as mask_column."
+        )
+    store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
     run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
-    report = run.report(model_name or model.config.name_or_path or type(model).__name__)
+    report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
     run.write(report)
     return report
 
 
-def _open_store(output_dir, settings, model, examples: Examples, accelerator) -> Store | None:
+def _open_store(output_dir, settings, model, image_processor, examples: Examples, accelerator) -> Store | None:
     if output_dir is None:
         return None
-    identity = settings.to_dict() | {"dataset": examples.name, "weights": fingerprint_model(model)}
+    identity = settings.to_dict() | {
+        "dataset": examples.name,
+        "columns": examples.columns,
+        "image_processor": fingerprint_processor(image_processor),
+        "weights": fingerprint_model(model),
+    }
     store = Store(output_dir, identity)
     if accelerator.is_main_process:
         store.claim()
@@ -86,10 +99,12 @@ class _Run:
         self.model, self.preprocessor, self.examples = model, preprocessor, examples
         self.settings, self.accelerator, self.store = settings, accelerator, store
         self.finished = store.read() if store is not None else Part.merge([])
+        self.known = set(_indices(self.finished))
+        self.read = 0  # rows of the dataset, of all processes
         self.kept = {}  # examples for the picture, where there is no folder
         accelerator.wait_for_everyone()  # nobody writes a part before all have read the same ones
 
-    def report(self, model_name: str) -> Report:
+    def report(self, model_name: str, command: str | None) -> Report:
         """Evaluate what is missing, gather, and summarise."""
         temperature = self._temperature() if "temperature" in self.settings.controls else None
         scorer = self._scorer(temperature)
@@ -97,7 +112,15 @@ class _Run:
         gathered = gather_object([Part.merge(parts)])
         part = Part.merge([self.finished, *gathered])
         self._check(part)
-        context = {"model": model_name, "dataset": self.examples.name, "temperature": temperature}
+        context = {
+            "model": model_name,
+            "dataset": self.examples.name,
+            "command": command,
+            "device": self.accelerator.device.type,
+            "image_processor": self.preprocessor.describe(),
+            "note": self.examples.note,
+            "temperature": temperature,
+        }
         results = summarize(self.settings, part, context)
         return Report(
             self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
@@ -125,12 +148,14 @@ class _Run:
             total=total,
             initial=min(done_images, total or done_images),
             desc=description,
-            unit="image",
+            unit=" images",
             disable=not accelerator.is_main_process,
         )
-        seen, skipped, waiting = 0, [], 0
+        seen, skipped, waiting, self.read = 0, [], 0, 0
         with bar:
             for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
+                self.read += len(rows)
+                self._check_known(rows if number in done else [])
                 waiting += len(rows) if number not in done else 0
                 if number % accelerator.num_processes != accelerator.process_index or number in done:
                     continue
@@ -141,6 +166,11 @@ class _Run:
                 bar.update(waiting)
                 waiting = 0
             bar.update(waiting)
+
+    def _check_known(self, rows: list[dict]) -> None:
+        """Blocks of an earlier run must hold the images that they hold now."""
+        if any(row["index"] not in self.known for row in rows):
+            raise ValueError(f"{self.examples.name} has grown since this output_dir was begun: choose another folder.")
 
     def _check_skipped(self, skipped: list[dict], total: int | None) -> None:
         """Stop once more images could not be decoded than may be left out."""
@@ -167,10 +197,8 @@ class _Run:
     def _evaluate_block(self, scorer: Scorer, block: Block) -> Part:
         if not block.ids:
             return Part.of_block(block.number, [], block.skipped)
-        try:
+        with _naming(block):
             rows, maps = evaluate_block(scorer, block)
-        except ValueError as error:
-            raise ValueError(f"images {block.ids[0]} to {block.ids[-1]}: {error}") from None
         self._keep_examples(block, rows, maps)
         return Part.of_block(block.number, rows, block.skipped)
 
@@ -221,9 +249,11 @@ class _Run:
 
     def _check(self, part: Part) -> None:
         """Every image once, and not too many left out."""
-        indices = part.table.column("index").unique().to_pylist() + [entry["index"] for entry in part.skipped]
-        if len(part.blocks) != len(set(part.blocks)) or sorted(indices) != list(range(len(indices))):
-            raise RuntimeError(f"images were not counted exactly once: {len(indices)} in {len(part.blocks)} blocks.")
+        indices = _indices(part)
+        if self.read < len(indices) and self.finished.blocks:
+            raise ValueError(f"{self.examples.name} has shrunk since this output_dir was begun: choose another folder.")
+        if len(part.blocks) != len(set(part.blocks)) or sorted(indices) != list(range(self.read)):
+            raise RuntimeError(f"images were not counted exactly once: {len(indices)} of {self.read} were.")
         if not indices:
             raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
         self._check_skipped(part.skipped, len(indices))
@@ -239,10 +269,10 @@ class _Run:
         logits, confidence = [], []
         for block in self._blocks("fitting the temperature", set()):
             if block.ids:
-                with evaluating(self.model):
+                with _naming(block), evaluating(self.model):
                     features = scorer.features(block.pixel_values.to(self.model.device))
+                    confidence.append(confidences(scorer.probabilities(features)["ca"], scorer.multi_label).cpu())
                     logits.append(scorer.logits(features)["gap"].cpu())
-                    confidence.append(scorer.probabilities(features)["ca"].amax(1).double().cpu())
         temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
         if self.store is not None and self.accelerator.is_main_process:
             self.store.write_value("temperature", temperature)
@@ -257,14 +287,28 @@ class _Run:
                 raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
             return sum(total for total, _ in sums) / count
 
-        def mean_confidence(temperature: float) -> float:
+        def at_temperature(temperature: float) -> float:
             if logits is None:
                 return mean_over_all(None)
             multi_label = self.model.config.problem_type == "multi_label_classification"
             scaled = logits / temperature
-            return mean_over_all((scaled.sigmoid() if multi_label else scaled.softmax(-1)).amax(1))
+            return mean_over_all(confidences(scaled.sigmoid() if multi_label else scaled.softmax(-1), multi_label))
 
-        return fit_temperature(mean_confidence, mean_over_all(confidence))
+        return fit_temperature(at_temperature, mean_over_all(confidence))
+
+
+def _indices(part: Part) -> list[int]:
+    """Images that a part holds or has skipped."""
+    return part.table.column("index").unique().to_pylist() + [entry["index"] for entry in part.skipped]
+
+
+@contextmanager
+def _naming(block: Block) -> Iterator[None]:
+    """Let an error say which images it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"images {block.ids[0]} to {block.ids[-1]}: {error}") from None
 
 
 def _shorten(label: str, width: int = 18) -> str:

@@ -9,6 +9,7 @@ TARGETS = ("label", "predicted")
 AUTOCASTS = ("off", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
 CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "map_only", "area", "randomization")
+PAIRED_CONTROLS = ("temperature", "norm", "map_only")  # compare the poolings, so they need both
 MASKING_METRICS = ("average_drop", "average_gain", "average_increase")
 CURVE_METRICS = ("insertion", "deletion")
 PERTURBATION_METRICS = ("positive_perturbation", "negative_perturbation")
@@ -77,7 +78,7 @@ class EvaluationSettings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
-        paired = [name for name in ("temperature", "norm", "map_only") if name in self.controls]
+        paired = [name for name in PAIRED_CONTROLS if name in self.controls]
         if paired and set(self.poolings) != set(POOLINGS):
             raise ValueError(f"controls {', '.join(paired)} compare both poolings, got poolings={self.poolings[0]}.")
 

@@ -108,6 +108,13 @@ def fingerprint_model(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def fingerprint_processor(image_processor) -> str:
+    """A digest of an image processor's settings."""
+    settings = image_processor.to_dict() if hasattr(image_processor, "to_dict") else {}
+    text = json.dumps([type(image_processor).__name__, settings], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class Store:
     """An evaluation's output folder.
 
@@ -185,8 +192,12 @@ class Store:
         write_atomically(self.partial / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(value)))
 
     def finish(self) -> None:
-        """Remove the parts, once the report holds what was in them."""
-        shutil.rmtree(self.partial, ignore_errors=True)
+        """Remove the parts, once the report holds what was in them, and what a killed run left half-written."""
+        gone = self.partial.with_name(".finished")  # renamed at once: a kill in between leaves all parts or none
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(self.partial, gone)
+        for path in (gone, *self.folder.glob(".*.tmp*")):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from evaluation.controls import (
+    confidences,
     control_maps,
     fit_temperature,
     map_area,
@@ -61,6 +62,12 @@ def test_a_map_of_zeros_and_ones_keeps_its_area():
     torch.testing.assert_close(matched, saliency)
 
 
+def test_the_area_of_an_empty_map_makes_maps_empty():
+    """No power would: the largest value of a map is one."""
+    matched = match_area(torch.rand(2, 4, 4), torch.tensor([0.0, 0.3]), (8, 8))
+    assert not matched[0].any() and matched[1].any()
+
+
 def test_norm_matching_keeps_the_direction():
     vector, reference = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 10.0]])
     torch.testing.assert_close(match_norm(vector, reference), torch.tensor([[6.0, 8.0]]))
@@ -76,6 +83,24 @@ def test_temperature_is_found_again(temperature):
         return (logits / value).softmax(-1).amax(1).mean().item()
 
     assert fit_temperature(confidence, confidence(temperature)) == pytest.approx(temperature, rel=1e-6)
+
+
+def test_confidence_of_a_multi_label_model_falls_with_the_temperature():
+    """Its largest probability rises with it, here from under a half to a half: nothing could be fitted to that."""
+    logits = torch.tensor([[-3.0, -4.0, -6.0], [-2.0, -5.0, 1.0]])
+    one, two = (confidences((logits / temperature).sigmoid(), multi_label=True) for temperature in (1.0, 2.0))
+    assert (two < one).all()
+    assert one[0].item() == pytest.approx(1 - sum(1 / (1 + math.exp(x)) for x in (3, 4, 6)) / 3)
+    assert confidences(logits.softmax(-1), multi_label=False)[1].item() == pytest.approx(
+        math.e / (math.e + math.exp(-2) + math.exp(-5))
+    )
+
+
+def test_a_confidence_out_of_reach_is_refused():
+    with pytest.raises(
+        ValueError, match=r"no temperature from 1/100 to 100 gives GAP the mean confidence of CA, 0\.0500"
+    ):
+        fit_temperature(lambda temperature: max(0.1, 1 / (1 + temperature)), 0.05)
 
 
 def test_shuffling_touches_only_the_twins_classifier():

@@ -9,12 +9,20 @@ from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
 from evaluation import EvaluationSettings, evaluate_saliency
 from evaluation import report as report_module
-from evaluation.figures import ExampleRow, mean_curves, write_examples, write_report_examples
+from evaluation.figures import (
+    METHOD_TITLES,
+    ExampleRow,
+    _legend,
+    example_columns,
+    mean_curves,
+    write_examples,
+    write_report_examples,
+)
 from evaluation.intervals import mean_interval, paired_interval
 from evaluation.published import published_rows
 from evaluation.report import summarize, to_markdown
 from evaluation.store import SCHEMA, Part
-from modeling_castream import CAStreamConfig
+from modeling_castream import CAStreamConfig, explain
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 
 SETTINGS = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
@@ -88,7 +96,7 @@ def test_markdown_rounds_and_names_the_sample():
     text = to_markdown(summary([row(0, "gap", 12.345), row(0, "ca", 12.344)], skipped=[{"index": 1, "id": "bad"}]))
     assert "| grad_cam | GAP | 12.35 [one image] | 25.00 [one image] |" in text
     assert "| grad_cam | 0.00 [one image] |" in text  # not -0.00
-    assert "1 images could not be decoded and were skipped: bad." in text
+    assert "1 image could not be decoded and was skipped: bad." in text
 
 
 def published(backbone, dataset="imagenet-1k (validation)", num_labels=1000):
@@ -104,6 +112,10 @@ def test_papers_row_appears_where_network_and_dataset_match():
     assert published(ResNetConfig(), "imagenet-1k (train)") is None
     assert published(ResNetConfig(), "cifar10 (validation)") is None
     assert published(ResNetConfig(), num_labels=10) is None
+    for name in ("ILSVRC/imagenet-1k", "timm/imagenet-1k-wds", "data/imagenet/*", "ImageNet2012", "imagenet"):
+        assert published(ResNetConfig(), f"{name} (validation)"), name
+    for name in ("imagenet-v2", "imagenet-sketch", "tiny-imagenet", "imagenette", "imagenet-a", "my-imagenet-1k-not"):
+        assert published(ResNetConfig(), f"{name} (validation)") is None, name
     results = summary([row(0, "gap", 13.0), row(0, "ca", 12.0)])
     text = to_markdown(results, published(ResNetConfig()))
     assert "| grad_cam | GAP | 100.00 / 74.55 | 13.00 / 13.04 |" in text
@@ -117,6 +129,15 @@ def report():
         methods=("raw_attention", "grad_cam"), metrics=("average_drop", "insertion", "deletion"), num_examples=3
     )
     return evaluate_saliency(small_model(), small_processor(), small_examples(6), settings)
+
+
+def test_markdown_lists_what_was_skipped_and_how_classes_were_matched():
+    many = [{"index": 9 + index, "id": f"bad{index}"} for index in range(25)]
+    results = summary([row(0, "gap", 1.0, correct=None), row(0, "ca", 1.0, correct=None)], skipped=many)
+    text = to_markdown(results | {"note": "Taken by their numbers."})
+    assert "1 image has no label: the predicted class is explained. Taken by their numbers." in text
+    assert "25 images could not be decoded and were skipped: bad0, " in text
+    assert "bad19, and those in results.json." in text and "bad20" not in text
 
 
 def test_everything_is_written(report, tmp_path):
@@ -149,6 +170,31 @@ def test_columns_of_the_examples_can_be_chosen(report, tmp_path):
         assert full.size[1] == two.size[1] and full.size[0] > two.size[0]
 
 
+def test_raw_attention_is_in_the_picture_without_being_evaluated(tmp_path):
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",), num_examples=1)
+    report = evaluate_saliency(small_model(), small_processor(), small_examples(2), settings)
+    assert set(report.per_image["method"]) == {"grad_cam"}
+    saliency = report.examples[0]["raw_attention|ca"]
+    pixel_values = small_processor()(small_examples(1)[0]["image"], return_tensors="pt").pixel_values
+    expected = explain(small_model(), pixel_values, method="raw_attention", pooling="ca", upsample=False)[0]
+    np.testing.assert_allclose(saliency, expected, atol=1e-6)
+    assert [title for title, _, _ in example_columns(("grad_cam",), ("gap", "ca"))] == [
+        "attention\n(CA)",
+        "Grad-CAM\n(GAP)",
+        "Grad-CAM\n(CA)",
+    ]
+    assert [title for title, _, _ in example_columns(("grad_cam",), ("gap",))] == ["Grad-CAM\n(GAP)"]
+    write_report_examples(tmp_path / "x.png", report)
+
+
+def test_curves_of_many_methods_look_different():
+    methods = [*METHOD_TITLES]
+    looks = {(line.get_color(), line.get_marker()) for line in _legend(methods, ())}
+    assert len(looks) == len(methods) == 14
+    titles = [line.get_label() for line in _legend(["grad_cam"], ("gap", "ca"))]
+    assert titles == ["Grad-CAM", "under GAP", "under CA"]
+
+
 def test_examples_need_a_map_a_column(tmp_path):
     example = ExampleRow("a", np.asarray(small_image(0)), [np.zeros((7, 7))])
     with pytest.raises(ValueError, match="rows has 1 maps for 'a' but columns 2 titles"):
@@ -179,3 +225,21 @@ def test_mean_curves_are_means_over_images(report):
     frame = report.per_image.query("method == 'grad_cam' and pooling == 'ca'")
     np.testing.assert_allclose(curves["grad_cam", "ca"], np.mean(frame["insertion_curve"].tolist(), axis=0))
     assert len(curves) == 4
+
+
+def test_mean_curves_of_images_of_several_sizes():
+    """Curves of 3 and of 5 points: the short one is read halfway between its points."""
+    rows = [
+        {"index": 0, "method": "grad_cam", "pooling": "gap", "control": "", "insertion_curve": [0.0, 0.5, 1.0]},
+        {
+            "index": 1,
+            "method": "grad_cam",
+            "pooling": "gap",
+            "control": "",
+            "insertion_curve": [1.0, 1.0, 0.0, 0.0, 0.0],
+        },
+        {"index": 0, "method": "grad_cam", "pooling": "gap", "control": "map_only", "insertion_curve": [9.0, 9.0]},
+    ]
+    ((method, pooling, curve),) = mean_curves(pa.Table.from_pylist(rows, schema=SCHEMA), "insertion")
+    assert (method, pooling) == ("grad_cam", "gap")
+    np.testing.assert_allclose(curve, [0.5, 0.625, 0.25, 0.375, 0.5])

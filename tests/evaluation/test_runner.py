@@ -1,4 +1,7 @@
+import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -7,10 +10,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from evaluation import EvaluationSettings, evaluate_saliency, runner
 from evaluation.__main__ import main
 from evaluation.data import Examples
+from evaluation.settings import CONTROLS, PAIRED_CONTROLS
 from evaluation.store import write_atomically
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 
@@ -24,8 +29,9 @@ SETTINGS = EvaluationSettings(
 )
 
 
-def run(folder=None, settings=SETTINGS, examples=None, model=None):
-    return evaluate_saliency(model or small_model(), small_processor(), examples or small_examples(9), settings, folder)
+def run(folder=None, settings=SETTINGS, examples=None, model=None, processor=None):
+    model, processor = model or small_model(), processor or small_processor()
+    return evaluate_saliency(model, processor, examples or small_examples(9), settings, folder)
 
 
 def stop_after(monkeypatch, blocks):
@@ -78,7 +84,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     assert (tmp_path / "examples.png").read_bytes() == picture
 
 
-@pytest.mark.parametrize("difference", ["settings", "model", "dataset"])
+@pytest.mark.parametrize("difference", ["settings", "model", "dataset", "columns", "processor"])
 def test_a_folder_holds_one_evaluation(tmp_path, difference):
     settings = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
     run(tmp_path, settings)
@@ -86,10 +92,46 @@ def test_a_folder_holds_one_evaluation(tmp_path, difference):
         "settings": {"settings": EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",), batch_size=4)},
         "model": {"settings": settings, "model": small_model(seed=1)},
         "dataset": {"settings": settings, "examples": Examples(small_examples(9), "other")},
+        "columns": {"settings": settings, "examples": Examples(small_examples(9), columns={"label": "fine"})},
+        "processor": {"settings": settings, "processor": small_processor()},
     }[difference]
-    message = {"settings": "batch_size: 16 there, 4 here", "model": "weights: ", "dataset": "dataset: examples there"}
+    if difference == "processor":
+        other["processor"].image_mean = [0.5, 0.5, 0.5]
+    message = {
+        "settings": "batch_size: 16 there, 4 here",
+        "model": "weights: ",
+        "dataset": "dataset: examples there",
+        "columns": "columns: {} there, {'label': 'fine'} here",
+        "processor": "image_processor: ",
+    }
     with pytest.raises(ValueError, match=f"holds an evaluation with other settings .*{message[difference]}"):
         run(tmp_path, **other)
+
+
+@pytest.mark.parametrize(("count", "message"), [(6, "has grown"), (3, "has shrunk")])
+def test_a_dataset_that_changed_is_refused(tmp_path, count, message):
+    """Five images in blocks of two: the last block would otherwise be taken for finished, or images for there."""
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("sparsity",), batch_size=2)
+    run(tmp_path, settings, small_examples(5))
+    with pytest.raises(ValueError, match=f"examples {message} since this output_dir was begun: choose another folder"):
+        run(tmp_path, settings, small_examples(count))
+
+
+def test_a_run_killed_while_it_wrote_its_report_goes_on(tmp_path, monkeypatch):
+    """The table is there, the results are not, and a file is half-written."""
+    whole = run(tmp_path / "whole")
+    for step in ("write_report_examples", "write_curves"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"evaluation.figures.{step}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / "out")
+        (tmp_path / "out" / ".results.json.123.tmp.json").write_text("{")
+        (tmp_path / "out" / "partial" / ".part-00000000.parquet.123.tmp.parquet").write_text("half")
+        assert not (tmp_path / "out" / "results.json").exists()
+    resumed = run(tmp_path / "out")
+    assert resumed.results == whole.results and sorted(resumed.examples) == sorted(whole.examples)
+    names = [sorted(path.name for path in (tmp_path / folder).iterdir()) for folder in ("out", "whole")]
+    assert names[0] == names[1]
 
 
 def test_temperature_brings_gap_to_the_confidence_of_ca():
@@ -102,6 +144,24 @@ def test_temperature_brings_gap_to_the_confidence_of_ca():
         ca.softmax(-1).amax(1).mean().item(), abs=1e-5
     )
     assert abs(temperature - 1) > 0.01
+
+
+def test_temperature_of_a_multi_label_model():
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=("sparsity",), controls=("temperature",))
+    model, examples = small_model(problem_type="multi_label_classification"), small_examples(9)
+    temperature = run(settings=settings, model=model, examples=examples).results["temperature"]
+    pixel_values = small_processor()([example["image"] for example in examples], return_tensors="pt").pixel_values
+    with torch.no_grad():
+        gap, ca = (model(pixel_values, pooling=pooling).logits for pooling in ("gap", "ca"))
+    sure = [torch.maximum(p, 1 - p).mean().item() for p in ((gap / temperature).sigmoid(), ca.sigmoid())]
+    assert sure[0] == pytest.approx(sure[1], abs=1e-5) and abs(temperature - 1) > 0.01
+
+
+def test_nan_logits_are_named_while_the_temperature_is_fitted():
+    model = small_model()
+    model.classifier.bias.data[2] = torch.nan
+    with pytest.raises(ValueError, match="images image-0 to image-1: logits under gap are NaN or infinite"):
+        run(model=model)
 
 
 def test_temperature_needs_examples_that_can_be_read_twice():
@@ -151,6 +211,33 @@ def options(folders, output, *more):
     fixed = ["--model", str(folders / "model"), "--dataset", data, "--split", "test", "--output", str(output)]
     metrics = ["--methods", "grad_cam", "--metrics", "average_drop", "insertion", "--batch-size", "2"]
     return [*fixed, *metrics, "--controls", "temperature", *more]
+
+
+@pytest.mark.parametrize(
+    ("words", "poolings", "controls"),
+    [
+        ([], [], ()),
+        (["--controls"], [], CONTROLS),
+        (["--controls"], ["--poolings", "ca"], tuple(name for name in CONTROLS if name not in PAIRED_CONTROLS)),
+        (["--controls", "area", "norm"], [], ("area", "norm")),
+    ],
+)
+def test_controls_without_a_name_are_all_controls(folders, tmp_path, words, poolings, controls):
+    data = ["--dataset", str(folders / "data"), "--split", "test", "--max-images", "2", "--output", str(tmp_path)]
+    arguments = ["--model", str(folders / "model"), *data, "--methods", "grad_cam", "--metrics", "sparsity"]
+    assert main([*arguments, *poolings, *words]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["controls"] == list(controls)
+    assert results["command"] == shlex.join(["python", "-m", "evaluation", *arguments, *poolings, *words])
+    assert results["image_processor"]["size"] == [64, 64] and results["device"] in ("cpu", "cuda", "mps", "xpu")
+    assert results["versions"]["castream"] and results["versions"]["pillow"]
+    used = {row["control"] for row in results["rows"]} | {row["method"] for row in results["rows"]}
+    assert {"random_map", "area"} <= used or "--controls" not in words or len(words) > 1
+
+
+def test_progress_shows_the_size_of_a_folder_of_images(folders, tmp_path, capsys):
+    assert main(options(folders, tmp_path / "out")) == 0
+    assert re.search(r"evaluating: 100%.* 22/22 \[\d\d:\d\d<00:00, +[\d.]+ images/s\]", capsys.readouterr().err)
 
 
 def test_command(folders, tmp_path, capsys):
