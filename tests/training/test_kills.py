@@ -40,8 +40,8 @@ def appears(pattern: str) -> Callable[[Path, float], bool]:
 START_UP: Moment = ("start-up", lambda folder, started: True, 6.0)
 CACHING: Moment = ("caching", appears("features/*.safetensors*"), 0.2)
 TRAINING: Moment = ("training", appears("checkpoints/step-????????"), 0.5)
-CHECKPOINT: Moment = ("checkpoint", appears(f"checkpoints/*{PARTIAL}"), 0.02)
-SAVING: Moment = ("saving", appears(f"model{PARTIAL}"), 0.02)
+CHECKPOINT: Moment = ("checkpoint", appears(f"checkpoints/*{PARTIAL}/model.safetensors*"), 0.02)
+SAVING: Moment = ("saving", appears(f"model{PARTIAL}/*"), 0.02)
 EVALUATION: Moment = ("evaluation", appears("evaluation"), 0.6)
 CACHED = [START_UP, CACHING, CACHING, START_UP, TRAINING, CHECKPOINT, CHECKPOINT, TRAINING, SAVING, EVALUATION]
 STREAMED = [START_UP, TRAINING, CHECKPOINT, START_UP, CHECKPOINT, TRAINING, CHECKPOINT, TRAINING, SAVING, EVALUATION]
