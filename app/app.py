@@ -13,6 +13,8 @@ from pathlib import Path
 
 # Asked for before gradio is imported: no statistics are sent anywhere.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+# Before torch is imported: threads that wait for one another sleep, or visitors at once take the cores from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 HERE = Path(__file__).parent
 
