@@ -22,6 +22,7 @@ from .settings import (
 EPILOG = """examples:
   python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
   python -m evaluation --model DIR --dataset imagefolder --data-files 'photos/**' --split train --output results
+  python -m evaluation --model DIR --dataset DATA --split test --output results --controls   (all controls)
   python -m evaluation --model DIR --dataset DATA --split test --metrics mask_share pointing_game --output results
   accelerate launch -m evaluation --model DIR ...        (several processes; every image is counted once)
 
@@ -32,8 +33,6 @@ per_image.parquet, examples.png and curves.png into the output folder. evaluatio
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's options."""
-    from modeling_castream.saliency_castream import METHODS
-
     defaults = EvaluationSettings()
     parser = argparse.ArgumentParser(
         prog="python -m evaluation",
@@ -46,6 +45,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dataset", required=True, help="Hub id, folder, or builder (imagefolder, parquet, webdataset)")
     add("--split", required=True, help="split of the dataset, such as validation")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    _add_table_options(parser, defaults)
+    _add_run_options(parser, defaults)
+    _add_dataset_options(parser)
+    return parser
+
+
+def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSettings) -> None:
+    """Which rows and columns the table has."""
+    from modeling_castream.saliency_castream import METHODS
+
+    add = parser.add_argument
     add(
         "--methods",
         nargs="+",
@@ -78,6 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="reference (the paper's, to the digit), stable, or one of stable's changes alone: "
         f"{', '.join(STABLE_CHANGES)}; default: %(default)s",
     )
+
+
+def _add_run_options(parser: argparse.ArgumentParser, defaults: EvaluationSettings) -> None:
+    """What is explained, and how it is run."""
+    add = parser.add_argument
     add(
         "--target",
         choices=TARGETS,
@@ -89,8 +104,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
     add("--seed", type=int, default=defaults.seed, help="of controls and intervals; default: %(default)s")
     add("--autocast", choices=AUTOCASTS, default=defaults.autocast, help="backbone's precision; default: %(default)s")
-    _add_dataset_options(parser)
-    return parser
 
 
 def _add_dataset_options(parser: argparse.ArgumentParser) -> None:

@@ -1,5 +1,6 @@
 """The pictures of a report: example maps on one colour scale, and insertion and deletion curves."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from .perturbation import upsample_saliency
 from .settings import CURVE_METRICS
 from .store import write_atomically
 
-COLOUR_MAP = "inferno"  # perceptually even and readable with any colour vision
+COLOUR_MAP = "inferno"  # the pipeline's overlay has it, too; perceptually even and readable with any colour vision
 OPACITY = 0.7
+WRONG = "✗"  # in a title, beside a pooling that predicts another class
 POOLING_LINES = {"gap": "--", "ca": "-"}
 LINE_MARKERS = ("o", "s", "^")
 MASK_COLOUR = "#39d5ff"
@@ -70,7 +72,10 @@ def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequen
         if len(row.maps) != len(columns):
             raise ValueError(f"rows has {len(row.maps)} maps for {row.title!r} but columns {len(columns)} titles.")
     aspect = rows[0].image.shape[0] / rows[0].image.shape[1]
-    cell, left, top, bottom = 1.5, 1.35, 0.5, 0.62  # inches
+    cell, left, top = 1.5, 1.35, 0.5  # inches
+    notes = _notes(rows, width=int(15 * cell * (len(columns) + 1)))  # 15 characters an inch
+    below = 0.13 * notes.count("\n")
+    bottom = 0.62 + below
     width, height = left + cell * (len(columns) + 1) + 0.1, top + cell * aspect * len(rows) + bottom
     figure = Figure(figsize=(width, height), dpi=130)
     edges = {"left": left / width, "right": 1 - 0.1 / width, "top": 1 - top / height, "bottom": bottom / height}
@@ -82,13 +87,20 @@ def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequen
             for axis, title in zip(axes, ("input", *columns), strict=True):
                 axis.set_title(title, fontsize=9, pad=4)
     share = left / width
-    bar = figure.add_axes((share + 0.25 * (1 - share), 0.36 / height, 0.5 * (1 - share), 0.1 / height))
-    outlined = any(row.mask is not None for row in rows)
-    _draw_scale(figure, bar, outlined)
+    bar = figure.add_axes((share + 0.25 * (1 - share), (0.36 + below) / height, 0.5 * (1 - share), 0.1 / height))
+    _draw_scale(figure, bar, notes)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _draw_scale(figure, bar, outlined: bool) -> None:
+def _notes(rows: Sequence[ExampleRow], width: int) -> str:
+    """What stands below the picture, in lines of `width` characters."""
+    notes = ["saliency, each map scaled to [0, 1]"]
+    notes += ["outline: the object's mask"] if any(row.mask is not None for row in rows) else []
+    notes += [f"{WRONG} another class is predicted"] if any(WRONG in row.title for row in rows) else []
+    return textwrap.fill("; ".join(notes), width)
+
+
+def _draw_scale(figure, bar, title: str) -> None:
     """The colour bar of all maps, as they look over a grey image."""
     from matplotlib.cm import ScalarMappable
 
@@ -96,8 +108,7 @@ def _draw_scale(figure, bar, outlined: bool) -> None:
         ScalarMappable(cmap=COLOUR_MAP), cax=bar, orientation="horizontal", ticks=[0, 0.25, 0.5, 0.75, 1], alpha=OPACITY
     )
     bar.tick_params(labelsize=7, length=2, pad=1)
-    outline = "; outline: the object's mask" if outlined else ""
-    bar.set_xlabel(f"saliency, each map scaled to [0, 1]{outline}", fontsize=8, labelpad=1)
+    bar.set_xlabel(title, fontsize=8, labelpad=1)
 
 
 def _draw_row(axes: Sequence, row: ExampleRow) -> None:
@@ -174,9 +185,9 @@ def write_curves(path: str | Path, report) -> None:
         axis.set_title(f"{name} ({better})", fontsize=10)
         axis.set_xlabel(f"most salient pixels {'inserted' if name == 'insertion' else 'deleted'} (%)", fontsize=9)
         axis.set_xlim(0, 100)
-        axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=8)
+    axes[0].set_ylim(bottom=0)  # at the end: it fixes the top of all axes, too
     axes[0].set_ylabel("mean probability of the class (%)", fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))

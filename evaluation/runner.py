@@ -15,6 +15,7 @@ from modeling_castream.features_castream import evaluating
 from .controls import confidences, fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .engine import evaluate_block
+from .figures import WRONG
 from .published import published_rows
 from .report import Report, summarize
 from .scoring import Scorer
@@ -57,22 +58,24 @@ def evaluate_saliency(
 
     Raises:
         ValueError: on input that cannot be evaluated, naming it: more than 1 % of the images undecodable, a class id
-            out of range, NaN logits, no images, or an output folder that holds another evaluation.
+            out of range, NaN logits, no images, or an output folder of another evaluation or an earlier dataset.
     """
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
     examples = read_examples(examples, dataset_name, label2id=model.config.label2id)
-    need_mask = [name for name in MASK_METRICS if name in settings.metrics]
-    if need_mask and examples.columns and "mask" not in examples.columns:
-        raise ValueError(
-            f"{examples.name} has no mask column, which {', '.join(need_mask)} need: name it as mask_column."
-        )
+    _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
     run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
     report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
     run.write(report)
     return report
+
+
+def _check_columns(examples: Examples, settings: EvaluationSettings) -> None:
+    wanted = [name for name in MASK_METRICS if name in settings.metrics]
+    if wanted and examples.columns and "mask" not in examples.columns:
+        raise ValueError(f"{examples.name} has no mask column, which {', '.join(wanted)} need: name it as mask_column.")
 
 
 def _open_store(output_dir, settings, model, image_processor, examples: Examples, accelerator) -> Store | None:
@@ -235,9 +238,8 @@ class _Run:
         lines = [_shorten(str(self.model.config.id2label.get(mine[0]["target"], mine[0]["target"])))]
         for pooling in self.settings.poolings:
             row = next(row for row in mine if row["pooling"] == pooling)
-            lines.append(
-                f"{pooling.upper()} {100 * row['probability']:.0f} %{'' if row['correct'] is not False else ' ✗'}"
-            )
+            mark = f" {WRONG}" if row["correct"] is False else ""
+            lines.append(f"{pooling.upper()} {100 * row['probability']:.0f} %{mark}")
         return "\n".join(lines)
 
     def _examples(self) -> dict[int, dict[str, np.ndarray]]:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from evaluation.figures import (
     _legend,
     example_columns,
     mean_curves,
+    write_curves,
     write_examples,
     write_report_examples,
 )
@@ -193,6 +195,22 @@ def test_curves_of_many_methods_look_different():
     assert len(looks) == len(methods) == 14
     titles = [line.get_label() for line in _legend(["grad_cam"], ("gap", "ca"))]
     assert titles == ["Grad-CAM", "under GAP", "under CA"]
+
+
+def test_no_curve_leaves_the_frame(report, tmp_path, monkeypatch):
+    """The panels share an axis: the second one's curves may be the higher ones."""
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    table = report.part.table.to_pandas()
+    table["deletion_curve"] = [np.clip(3 * curve + 0.2, 0, 1) for curve in table["deletion_curve"]]
+    higher = replace(report, part=Part(pa.Table.from_pandas(table, schema=SCHEMA, preserve_index=False)))
+    with pytest.raises(FileNotFoundError):  # nothing was saved
+        write_curves(tmp_path / "x.png", higher)
+    for axis in figures[0].axes:
+        bottom, top = axis.get_ylim()
+        assert bottom == 0 and all(line.get_ydata().max() < top for line in axis.get_lines())
 
 
 def test_examples_need_a_map_a_column(tmp_path):
