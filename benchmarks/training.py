@@ -111,7 +111,8 @@ class Step:
         self.optimizer = torch.optim.AdamW(parameter_groups(weights, 1e-2), lr=1e-4, fused=True)
         self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         generator = torch.Generator().manual_seed(0)
-        self.images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)
+        images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)
+        self.images = images.contiguous(memory_format=torch.channels_last)  # as the workers deliver them
         self.labels = torch.randint(0, 1000, (batch_size,), generator=generator)
         self.pixel_values = self.objective.normalize(self.images)
 

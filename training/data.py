@@ -21,6 +21,7 @@ from .interruption import ignore_interruptions
 from .sharding import ShardPlan
 from .transforms import DECODING_ERRORS, ImageTransform, random_mask_noise, read_image
 
+_LISTED = ("key", "images")  # what `collate` does not merely stack
 READ_ROWS = 8  # rows taken from a shard at a time; encoded, so a matter of overhead only
 
 
@@ -194,9 +195,10 @@ def sample_seed(seed: int, key: str, view: int) -> int:
 
 
 def collate(samples: list[dict]) -> dict:
-    """Samples -> batch: tensors stacked, keys listed."""
-    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name != "key"}
-    return batch | {"keys": [sample["key"] for sample in samples]}
+    """Samples -> batch: tensors stacked, images channels last, as they were decoded; keys listed."""
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in _LISTED}
+    images = torch.stack([sample["images"].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
+    return batch | {"images": images, "keys": [sample["key"] for sample in samples]}
 
 
 def cut(batches: list[dict], size: int) -> list[dict]:

@@ -66,8 +66,8 @@ class ImageTransform:
         self.transform = transforms.Compose(steps)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, height, width) of any size -> uint8 (3, crop height, crop width)."""
-        return self.transform(image).contiguous()
+        """uint8 (3, height, width) of any size -> uint8 (3, crop height, crop width), in the memory layout that came."""
+        return self.transform(image)
 
 
 def _sizes(image_processor) -> tuple[int | list[int], list[int] | None]:
