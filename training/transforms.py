@@ -66,7 +66,7 @@ class ImageTransform:
         self.transform = transforms.Compose(steps)
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        """uint8 (3, height, width) of any size -> uint8 (3, crop height, crop width), in the memory layout that came."""
+        """uint8 (3, height, width) of any size -> uint8 (3, crop height, crop width), in any memory layout."""
         return self.transform(image)
 
 
