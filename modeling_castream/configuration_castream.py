@@ -31,6 +31,18 @@ def custom_pipelines() -> dict[str, dict]:
     }
 
 
+def resolve_pooling(config, pooling: str | None) -> str:
+    """The pooling that a call asks for: `"ca"`, `"gap"`, or None for the config's.
+
+    Raises:
+        ValueError: on any other.
+    """
+    pooling = config.pooling if pooling is None else pooling
+    if pooling not in POOLINGS:
+        raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, or None for the config's, got {pooling!r}.")
+    return pooling
+
+
 @strict
 class CAStreamConfig(PreTrainedConfig):
     r"""
@@ -146,19 +158,6 @@ class CAStreamConfig(PreTrainedConfig):
     def _resolve_eps(self, layers: list[dict]) -> list[dict]:
         """Replace `eps_from`, the name of a backbone option, by that option's value."""
         return [{"type": layer["type"], "eps": getattr(self.backbone_config, layer["eps_from"])} for layer in layers]
-
-    def resolve_pooling(self, pooling: str | None) -> str:
-        """The pooling that a call asks for: `"ca"`, `"gap"`, or None for the config's.
-
-        Raises:
-            ValueError: on any other.
-        """
-        pooling = self.pooling if pooling is None else pooling
-        if pooling not in POOLINGS:
-            raise ValueError(
-                f"pooling must be one of {', '.join(POOLINGS)}, or None for the config's, got {pooling!r}."
-            )
-        return pooling
 
     def validate_architecture(self):
         """Check the fields against each other. Called by the constructor.

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .configuration_castream import resolve_pooling
+
 # The model that `evaluating` holds in eval mode, in this thread or task.
 _evaluated: ContextVar[nn.Module | None] = ContextVar("castream_evaluated", default=None)
 # Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
@@ -94,7 +96,7 @@ class Features:
         Raises:
             ValueError: on an unknown pooling.
         """
-        pooling = self.model.config.resolve_pooling(pooling)
+        pooling = resolve_pooling(self.model.config, pooling)
         if pooling not in self._pooled:
             with evaluating(self.model):
                 self._pooled[pooling] = pool_and_classify(self.model, self.feature_maps, self.cls_token, pooling)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
 from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
-from .configuration_castream import CAStreamConfig
+from .configuration_castream import CAStreamConfig, resolve_pooling
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 
 
@@ -285,7 +285,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
             The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
             class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` does not use.
         """
-        pooling = self.config.resolve_pooling(pooling)
+        pooling = resolve_pooling(self.config, pooling)
         query, attention_maps = self.stream(feature_maps)
         if pooling == "gap":
             return feature_maps[-1].mean((2, 3)), attention_maps

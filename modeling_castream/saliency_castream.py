@@ -23,6 +23,7 @@ from .cam_castream import (
     normalize_maps,
     xgrad_cam,
 )
+from .configuration_castream import resolve_pooling
 from .features_castream import (
     Features,
     evaluating,
@@ -159,7 +160,7 @@ def explain_features(
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     single = pooling is None or isinstance(pooling, str)
-    poolings = [model.config.resolve_pooling(one) for one in ([pooling] if single else pooling)]
+    poolings = [resolve_pooling(model.config, one) for one in ([pooling] if single else pooling)]
     index = resolve_layer(model.config, layer)
     if method in _POOLED_LAYER_ONLY and index != len(features.feature_maps) - 1:
         raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
