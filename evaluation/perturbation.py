@@ -103,21 +103,27 @@ def blur_images(
 
     The defaults are the reference's: 5x5, sigma 5, on the normalised image with zero padding, so that borders fade to
     the mean colour. `padding="reflect"` mirrors the image instead. The kernel is the outer product of `blur_profile`
-    with itself, applied as one pass down and one across.
+    with itself.
     """
     _check_images(pixel_values)
     if padding not in ("zeros", "reflect"):
         raise ValueError(f"padding={padding!r}: choose 'zeros' or 'reflect'")
-    profile = blur_profile(kernel_size, sigma).to(pixel_values)
-    batch_size, num_channels, height, width = pixel_values.shape
-    reach = kernel_size // 2
-    planes = pixel_values.reshape(-1, 1, height, width)
-    mode = "constant" if padding == "zeros" else "reflect"
+    profile = blur_profile(kernel_size, sigma)
+    down, across = (_blur_matrix(size, profile, padding).to(pixel_values) for size in pixel_values.shape[2:])
     # a caller's autocast is meant for the network, not for its input
     with torch.autocast(pixel_values.device.type, enabled=False):
-        planes = F.conv2d(F.pad(planes, (0, 0, reach, reach), mode=mode), profile.view(1, 1, -1, 1))
-        planes = F.conv2d(F.pad(planes, (reach, reach, 0, 0), mode=mode), profile.view(1, 1, 1, -1))
-    return planes.view(batch_size, num_channels, height, width)
+        return down @ pixel_values @ across.T
+
+
+def _blur_matrix(size: int, profile: torch.Tensor, padding: str) -> torch.Tensor:
+    """(size, size), whose row i holds the weights of all pixels of a line in its blurred pixel i.
+
+    Two products with it are several times as fast as convolutions of single channels, most so with a wide profile.
+    """
+    reach = len(profile) // 2
+    impulses = torch.eye(size, dtype=profile.dtype)[:, None]
+    padded = F.pad(impulses, (reach, reach), mode="constant" if padding == "zeros" else "reflect")
+    return F.conv1d(padded, profile.view(1, 1, -1))[:, 0].T
 
 
 def transition_images(

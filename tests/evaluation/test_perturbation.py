@@ -1,5 +1,6 @@
 """Masked, blurred and perturbed images: hand-computed values, the research code's, invariants and bad input."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +113,25 @@ def test_blur_by_hand():
         zeros[4, 4] == pytest.approx(1) and zeros[0, 4] == pytest.approx(edge) and zeros[0, 0] == pytest.approx(edge**2)
     )
     torch.testing.assert_close(mirrored, torch.ones_like(mirrored))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+def test_blur_in_plain_loops(padding):
+    image = torch.rand(2, 1, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    profile = blur_profile(5, 2.0).tolist()
+
+    def pixel(one, row, column):
+        if padding == "reflect":  # 0 1 2 3 4 -> .. 2 1 | 0 1 2 3 4 | 3 2 ..
+            row, column = (4 - abs(4 - abs(row)), 6 - abs(6 - abs(column)))
+        inside = 0 <= row < 5 and 0 <= column < 7
+        return float(image[one, 0, row, column]) if inside else 0.0
+
+    wanted = torch.zeros_like(image)
+    for one, row, column in itertools.product(range(2), range(5), range(7)):
+        for down, across in itertools.product(range(5), repeat=2):
+            value = pixel(one, row + down - 2, column + across - 2)
+            wanted[one, 0, row, column] += profile[down] * profile[across] * value
+    torch.testing.assert_close(blur_images(image, 5, 2.0, padding), wanted, atol=1e-12, rtol=0)
 
 
 def test_pixel_order_by_hand():
