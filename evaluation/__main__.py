@@ -21,6 +21,7 @@ from .settings import (
 
 EPILOG = """examples:
   python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
+  python -m evaluation --model DIR --dataset PHOTOS --split heldout --output results     (the folder PHOTOS/heldout)
   python -m evaluation --model DIR --dataset imagefolder --data-files 'photos/**' --split train --output results
   python -m evaluation --model DIR --dataset DATA --split test --output results --controls   (all controls)
   python -m evaluation --model DIR --dataset DATA --split test --metrics mask_share pointing_game --output results

@@ -20,7 +20,7 @@ def open_dataset(
 
     Args:
         name: as `datasets.load_dataset` takes it.
-        split: its split.
+        split: its split; of a folder on this machine any folder in it.
         data_files: paths or patterns, for a builder such as "imagefolder", "parquet" or "webdataset".
         config_name: the dataset's configuration.
         columns: names of the columns, {"image": ..., "label": ..., "mask": ..., "id": ...}, where they are unusual.
@@ -29,12 +29,14 @@ def open_dataset(
     Raises:
         ValueError: the dataset, split or column does not exist, or its classes are not the model's.
     """
-    from datasets import load_dataset_builder
-
-    options = {"data_files": {split: data_files}} if data_files else {}
     try:
-        builder = load_dataset_builder(name, config_name, **options)
-        dataset = builder.as_streaming_dataset(split=split)
+        try:
+            builder, dataset = _stream(name, split, data_files, config_name)
+        except ValueError:
+            if data_files or not (Path(name) / split).is_dir():
+                raise
+            # `datasets` finds the usual splits by their names only, not PHOTOS/heldout
+            builder, dataset = _stream(name, split, [f"{split}/**"], config_name)
     except (ValueError, OSError, ConnectionError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"dataset {name!r}, split {split!r} cannot be opened: {reason}") from None
@@ -45,6 +47,14 @@ def open_dataset(
         files = (builder.config.data_files or {}).get(split, [])
         examples.total = count_rows(builder.name, [str(path) for path in files], dataset)
     return examples
+
+
+def _stream(name: str, split: str, data_files: list[str] | None, config_name: str | None) -> tuple:
+    """A dataset's builder and the stream of its split."""
+    from datasets import load_dataset_builder
+
+    builder = load_dataset_builder(name, config_name, **({"data_files": {split: data_files}} if data_files else {}))
+    return builder, builder.as_streaming_dataset(split=split)
 
 
 def count_rows(kind: str, files: list[str], dataset) -> int | None:

@@ -48,6 +48,19 @@ def test_imagefolder_with_the_models_order_of_classes(tmp_path):
     assert labels_of(examples) == [1, 1, 0, 0]  # a second pass
 
 
+def test_any_folder_of_a_folder_is_a_split(tmp_path):
+    """`datasets` knows train, validation and test; without one of them it takes everything for train."""
+    write_imagefolder(tmp_path)
+    write_imagefolder(tmp_path / "other")
+    (tmp_path / "other" / "test").rename(tmp_path / "heldout")
+    (tmp_path / "heldout" / "ant" / "0.jpg").unlink()
+    examples = open_dataset(str(tmp_path), "heldout")
+    assert (examples.total, labels_of(examples)) == (3, [0, 1, 1])
+    assert open_dataset(str(tmp_path), "test").total == 4
+    with pytest.raises(ValueError, match="split 'held' cannot be opened"):
+        open_dataset(str(tmp_path), "held")
+
+
 def test_parquet_with_its_size(tmp_path):
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"]), "index": Value("int64")})
     rows = {"image": [small_image(seed) for seed in range(3)], "label": [0, 1, 0], "index": [7, 8, 9]}
