@@ -146,7 +146,7 @@ class _Run:
         settings, accelerator = self.settings, self.accelerator
         totals = [n for n in (self.examples.total, settings.max_images) if n is not None]
         total = min(totals) if self.examples.total is not None else settings.max_images
-        done_images = len(done) * settings.batch_size
+        done_images = len(done) * settings.block_size
         bar = tqdm(
             total=total,
             initial=min(done_images, total or done_images),
@@ -156,7 +156,7 @@ class _Run:
         )
         seen, skipped, waiting, self.read = 0, [], 0, 0
         with bar:
-            for number, rows in read_blocks(self.examples, settings.batch_size, settings.max_images):
+            for number, rows in read_blocks(self.examples, settings.block_size, settings.max_images):
                 self.read += len(rows)
                 self._check_known(rows if number in done else [])
                 waiting += len(rows) if number not in done else 0

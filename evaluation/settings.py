@@ -82,6 +82,12 @@ class EvaluationSettings:
         if paired and set(self.poolings) != set(POOLINGS):
             raise ValueError(f"controls {', '.join(paired)} compare both poolings, got poolings={self.poolings[0]}.")
 
+    @property
+    def block_size(self) -> int:
+        """Images evaluated together: a forward pass's, but an eighth of these where each takes a pass a channel, so
+        that progress is shown and kept every few minutes. Their masked images fill the forward passes all the same."""
+        return max(1, self.batch_size // 8) if "score_cam" in self.methods else self.batch_size
+
     def to_dict(self) -> dict:
         """The settings as JSON holds them."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

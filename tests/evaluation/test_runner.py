@@ -177,6 +177,23 @@ def test_max_images():
     assert run(settings=settings, examples=endless).results["sample"]["images"] == 5
 
 
+def test_score_cam_is_evaluated_in_small_blocks(monkeypatch):
+    """A block is what a progress bar moves by and a kill loses; a full one would take minutes."""
+    sizes, evaluate_block = [], runner.evaluate_block
+
+    def counting(scorer, block):
+        sizes.append(len(block.ids))
+        return evaluate_block(scorer, block)
+
+    monkeypatch.setattr(runner, "evaluate_block", counting)
+    frames = []
+    for batch_size in (16, 3):
+        settings = EvaluationSettings(methods=("score_cam",), metrics=("average_drop",), batch_size=batch_size)
+        frames.append(run(settings=settings, examples=small_examples(5)).per_image)
+    assert sizes == [2, 2, 1] + 5 * [1]
+    torch.testing.assert_close(*(torch.tensor(frame["average_drop"]) for frame in frames), atol=1e-3, rtol=0)
+
+
 def test_an_output_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir .*file.* cannot be used: .*"):
