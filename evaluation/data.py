@@ -89,7 +89,8 @@ class Preprocessor:
             raise ValueError(
                 f"image_processor returns images of different sizes {sorted(shapes)}: let it resize or crop to one."
             )
-        return torch.stack(processed)
+        # as the backbone wants it, and as whatever is computed from these images stays
+        return torch.stack(processed).contiguous(memory_format=torch.channels_last)
 
     def to_pixel_space(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The same images in [0, 1]."""

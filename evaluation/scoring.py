@@ -85,10 +85,10 @@ class Scorer:
         """
         by_scoring = {}
         for scoring, logits in self.logits(features).items():
-            bad = (~logits.isfinite()).any(1).nonzero().flatten().tolist()
-            if bad:
+            if not logits.isfinite().all():
+                bad = (~logits.isfinite()).any(1).nonzero()[0].item()
                 raise ValueError(
-                    f"logits under {scoring} are NaN or infinite for image {bad[0]} of a batch: the weights or, under "
+                    f"logits under {scoring} are NaN or infinite for image {bad} of a batch: the weights or, under "
                     f"autocast={self.settings.autocast!r}, the precision are broken."
                 )
             by_scoring[scoring] = logits.sigmoid() if self.multi_label else logits.softmax(-1)

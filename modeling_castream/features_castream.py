@@ -140,7 +140,12 @@ def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
 def run_backbone(
     model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
+    """Feature maps and CLS token, brought back from autocast's dtype to the model's.
+
+    The channels of a pixel are laid side by side first: a CPU's convolutions take up to a third less time then.
+    """
+    if isinstance(pixel_values, torch.Tensor) and pixel_values.ndim == 4:  # anything else is refused below
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None):
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)

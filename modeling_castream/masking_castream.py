@@ -64,7 +64,6 @@ def score_cam_weights(
         item, channel = items[rows], channels[rows]
         masks = _masks(feature_map[item, channel], pixel_values.shape[-2:])
         masked = torch.addcmul(-shift, pixel_values[item] + shift, masks.to(pixel_values.dtype))
-        masked = masked.contiguous(memory_format=torch.channels_last)  # the faster convolutions, most so in bfloat16
         probabilities = _probabilities(features, masked, wanted, autocast_dtype)
         for name, one in wanted.items():
             weights[name][item, channel] = probabilities[name].gather(1, one[item])

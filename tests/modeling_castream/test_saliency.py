@@ -169,7 +169,7 @@ def test_raw_attention_is_the_models_own():
 def test_raw_attention_of_class_specific_queries_is_the_targets():
     model, pixel_values = MODELS["class_specific"](), pixels()
     with torch.no_grad():
-        attention = model(pixel_values).attention_maps[1]
+        attention = model(pixel_values.contiguous(memory_format=torch.channels_last)).attention_maps[1]  # to the bit
     maps = explain(model, pixel_values, TARGET, "raw_attention", layer=1, **RAW)
     assert torch.equal(maps, attention[range(3), TARGET])
 
