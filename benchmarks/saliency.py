@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from benchmarks.curves import curve_contenders
-from benchmarks.memory import forget_peak, peak, resident
+from benchmarks.memory import forget_peak, keep_freed, peak, resident
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
@@ -161,6 +161,7 @@ def main() -> None:
     if options.peak_of:
         peak_of(*options.peak_of, options.batch_size)
         return
+    keep_freed()
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
     for network in options.networks:

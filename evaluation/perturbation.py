@@ -150,8 +150,7 @@ def transition_images(
         raise ValueError(f"start has shape {tuple(start.shape)} but end {tuple(end.shape)}: they must be equal")
     if points_per_chunk < 1:
         raise ValueError(f"points_per_chunk={points_per_chunk}: give at least 1")
-    rank = _pixel_rank(order, start)
-    return _generate_transition(start, end, rank, tuple(counts), points_per_chunk)
+    return _generate_transition(start, end, _check_order(order, start), tuple(counts), points_per_chunk)
 
 
 def insertion_images(
@@ -217,12 +216,22 @@ def perturbation_images(
 
 
 def _generate_transition(
-    start: torch.Tensor, end: torch.Tensor, rank: torch.Tensor, counts: tuple[int, ...], points_per_chunk: int
+    start: torch.Tensor, end: torch.Tensor, order: torch.Tensor, counts: tuple[int, ...], points_per_chunk: int
 ) -> Iterator[torch.Tensor]:
+    """From point to point only the pixels that change are written; the images have channels last, as pixels do here."""
+    batch_size, num_channels, height, width = start.shape
+    start, end = (image.permute(0, 2, 3, 1).reshape(-1, num_channels) for image in (start, end))
+    rows = order + height * width * torch.arange(batch_size, device=order.device)[:, None]
+    current, changed = start.clone(), 0
     for first in range(0, len(counts), points_per_chunk):
-        chunk = torch.tensor(counts[first : first + points_per_chunk], device=rank.device)
-        changed = rank[None] < chunk.view(-1, 1, 1, 1, 1)  # (points, batch_size, 1, height, width)
-        yield torch.where(changed, end[None], start[None])
+        chunk = counts[first : first + points_per_chunk]
+        images = current.new_empty(len(chunk), *current.shape)
+        for image, count in zip(images, chunk, strict=True):
+            pixels, source = (rows[:, changed:count], end) if count > changed else (rows[:, count:changed], start)
+            current.index_copy_(0, pixels.reshape(-1), source.index_select(0, pixels.reshape(-1)))
+            image.copy_(current)
+            changed = count
+        yield images.view(len(chunk), batch_size, height, width, num_channels).permute(0, 1, 4, 2, 3)
 
 
 def _changed_pixels(pixel_values: torch.Tensor, points: Sequence[int] | None) -> list[int]:
@@ -235,22 +244,21 @@ def _changed_pixels(pixel_values: torch.Tensor, points: Sequence[int] | None) ->
     return [min(point * pixels_per_step(height, width), height * width) for point in points]
 
 
-def _pixel_rank(order: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Position of each pixel in `order`, (batch_size, 1, height, width): the inverse permutation."""
+def _check_order(order: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """`order` on the images' device, if it is a permutation of every image's pixels."""
     batch_size, _, height, width = images.shape
     if order.shape != (batch_size, height * width):
         raise ValueError(
             f"order has shape {tuple(order.shape)} but {batch_size} images of {height}x{width} need "
             f"{(batch_size, height * width)}: use pixel_order on maps of the images' size"
         )
-    positions = torch.arange(height * width, device=images.device).expand(batch_size, -1)
     order = order.to(device=images.device, dtype=torch.int64)
-    in_range = ((order >= 0) & (order < height * width)).all()
-    rank = torch.empty_like(order).scatter_(1, order, positions) if in_range else None
-    # an index that comes twice keeps one of its two positions only
-    if rank is None or not torch.equal(rank.gather(1, order), positions):
+    found = torch.zeros_like(order, dtype=torch.bool)
+    if ((order >= 0) & (order < height * width)).all():
+        found.scatter_(1, order, True)
+    if not found.all():  # an index that comes twice leaves another one out
         raise ValueError("order is not a permutation of the pixel indices of every image: use pixel_order")
-    return rank.view(batch_size, 1, height, width)
+    return order
 
 
 def _check_images(images: torch.Tensor) -> None:
