@@ -20,9 +20,10 @@ import torch
 from torch import nn
 
 from benchmarks.curves import curve_contenders
-from benchmarks.memory import forget_peak, keep_freed, peak, resident
+from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
+from evaluation.allocator import keep_freed_memory
 from modeling_castream import explain
 from modeling_castream.saliency_castream import explain_features, extract
 
@@ -161,7 +162,7 @@ def main() -> None:
     if options.peak_of:
         peak_of(*options.peak_of, options.batch_size)
         return
-    keep_freed()
+    keep_freed_memory()  # else a contender is a third slower, or not, as glibc's adaptive rule has it
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
     for network in options.networks:

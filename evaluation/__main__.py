@@ -151,9 +151,11 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from accelerate import Accelerator
 
+    from .allocator import keep_freed_memory
     from .opening import open_dataset
     from .runner import evaluate_saliency
 
+    keep_freed_memory()
     accelerator = Accelerator()
     model, image_processor = _load_model(options.model)
     roles = {role: getattr(options, f"{role}_column") for role in ("image", "label", "mask", "id")}
