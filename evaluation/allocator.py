@@ -4,9 +4,9 @@ import ctypes
 import os
 import platform
 
-# Of glibc's mallopt. Blocks of up to LARGEST_BLOCK, its limit, come from the heap, which is never trimmed then.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, LARGEST_BLOCK = -1, -3, 2**25
-VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+# Of glibc's mallopt: how much of the heap's end may lie free, and how many blocks may lie elsewhere.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
 
 def keep_freed_memory() -> bool:
@@ -22,7 +22,7 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in VARIABLES):
         return False
     libc = ctypes.CDLL(None)
-    return bool(libc.mallopt(M_MMAP_THRESHOLD, LARGEST_BLOCK) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
 __all__ = ["keep_freed_memory"]

@@ -18,7 +18,7 @@ from evaluation.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def allocate_and_free():
-    blocks = [torch.ones(2**22) for _ in range(8)]  # 16 MiB each: more than glibc keeps by itself
+    blocks = [torch.ones(2**24) for _ in range(4)]  # 64 MiB each: glibc keeps none of them by itself
 for _ in range(2):
     allocate_and_free()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
