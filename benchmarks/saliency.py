@@ -162,11 +162,12 @@ def main() -> None:
     if options.peak_of:
         peak_of(*options.peak_of, options.batch_size)
         return
-    keep_freed_memory()  # else a contender is a third slower, or not, as glibc's adaptive rule has it
     print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
     rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
-    for network in options.networks:
-        for kind in options.methods:
+    for kind in sorted(options.methods, key=KINDS.index):
+        if kind == "curves":  # as the evaluation's command does, and for the rest of this process
+            keep_freed_memory()
+        for network in options.networks:
             contenders = contenders_of(kind, network, options.batch_size)
             warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
             report(kind, network, take_turns(contenders, rounds[kind], warm_up), options)
