@@ -65,11 +65,11 @@ def source_model(converted):
 @pytest.mark.parametrize("row", PARAMETERS)
 @torch.no_grad()
 def test_a_converted_classifier_is_its_source(convert_row, row):
-    if row == "pypi:efficientnet-lite0":
-        pytest.skip("its tests on photos stand below")
     converted = convert_row(row)
     assert converted.parity.logits <= 1e-5 * max(1.0, converted.parity.largest_logit)
     assert converted.parity.pixels <= 1e-5
+    if row == "pypi:efficientnet-lite0":
+        return  # its source is compared on photos, below
     source, model = source_model(converted), CAStreamForImageClassification.from_pretrained(converted.folder)
     processor = AutoImageProcessor.from_pretrained(converted.folder, trust_remote_code=True)
     pixel_values = torch.as_tensor(np.stack(processor(images=example_images()[:2])["pixel_values"]))
