@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = build_parser().parse_args(arguments)
-    from publishing import PublishError, publish  # here, so that --help is quick
+    from castream.publishing import PublishError, publish  # here, so that --help is quick
 
     dry_run = options.dry_run
     if dry_run == "":

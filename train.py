@@ -16,22 +16,20 @@ from dataclasses import asdict, replace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
-from evaluation import EvaluationSettings, evaluate_saliency
-from modeling_castream import CAStreamForImageClassification
-from publishing import PublishError, publish, write_model_card
-from training.arguments import TrainingArguments, parse_arguments
-from training.average_precision import score_held_out
-from training.dataset import Split, open_split
-from training.ema import Ema
-from training.heldout import HeldOut, measure_entropy
-from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
-from training.mixing import Mixer
-from training.model import TRAINING_FILE, find_model, freeze, load_model, parameter_groups, save_model
-from training.objectives import Objective
-from training.preparation import (
+from castream.artifacts.files import read_json, write_json
+from castream.data.opening import Split, open_split
+from castream.data.transforms import ImageTransform
+from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.publishing import PublishError, publish, write_model_card
+from castream.training.arguments import TrainingArguments, parse_arguments
+from castream.training.average_precision import score_held_out
+from castream.training.ema import Ema
+from castream.training.heldout import HeldOut, measure_entropy
+from castream.training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from castream.training.mixing import Mixer
+from castream.training.model import TRAINING_FILE, find_model, freeze, load_model, parameter_groups, save_model
+from castream.training.objectives import Objective
+from castream.training.preparation import (
     cache_features,
     check_end,
     default_threads,
@@ -40,13 +38,15 @@ from training.preparation import (
     match_labels,
     watched_images,
 )
-from training.progress import Keeper
-from training.run_folder import RunFolder
-from training.schedules import learning_rate, run_progress
-from training.steps import backward, spare_batch, take, to_device, total
-from training.storage import read_json, write_json
-from training.transforms import ImageTransform
-from training.watching import Watch, check_bad_images, check_loss, check_weights, note_bad_images
+from castream.training.progress import Keeper
+from castream.training.run_folder import RunFolder
+from castream.training.schedules import learning_rate, run_progress
+from castream.training.steps import backward, spare_batch, take, to_device, total
+from castream.training.watching import Watch, check_bad_images, check_loss, check_weights, note_bad_images
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_castream import CAStreamForImageClassification
 
 EXIT_BAD_INPUT = 2
 ENTROPY_IMAGES = 128  # held-out images on which the attention's entropy is reported

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 
 import torch
+from castream.evaluation.engine import Items, score_curve_ends, score_map
+from castream.evaluation.perturbation import num_steps
+from castream.evaluation.scoring import Scorer
+from castream.evaluation.settings import EvaluationSettings
 from torch import nn
 
-from evaluation.engine import Items, score_curve_ends, score_map
-from evaluation.perturbation import num_steps
-from evaluation.scoring import Scorer
-from evaluation.settings import EvaluationSettings
 from modeling_castream.features_castream import evaluating
 from modeling_castream.saliency_castream import explain_features, extract
 

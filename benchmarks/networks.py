@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import torch
+from castream.conversion import convert_classifier
 from PIL import Image
 from torch import nn
 from transformers import ResNetConfig
 
-from conversion import convert_classifier
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 SAMPLE = os.environ.get("CASTREAM_IMAGENET_SAMPLE", Path(__file__).resolve().parents[2] / "shared/imagenet-sample")

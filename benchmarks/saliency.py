@@ -17,13 +17,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from castream.evaluation.allocator import keep_freed_memory
 from torch import nn
 
 from benchmarks.curves import curve_contenders
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
-from evaluation.allocator import keep_freed_memory
 from modeling_castream import explain
 from modeling_castream.saliency_castream import explain_features, extract
 

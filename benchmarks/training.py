@@ -31,6 +31,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from castream.data.loader import ReaderSettings, StreamLoader
+from castream.data.opening import open_split
+from castream.data.sharding import ShardPlan
+from castream.data.transforms import ImageTransform
+from castream.training.arguments import TrainingArguments
+from castream.training.model import freeze, parameter_groups
+from castream.training.objectives import Objective
 from datasets import ClassLabel, Features, Image, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
@@ -41,13 +48,6 @@ from benchmarks import networks
 from benchmarks.memory import forget_peak, peak, resident
 from benchmarks.networks import SAMPLE
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
-from training.arguments import TrainingArguments
-from training.data import ReaderSettings, StreamLoader
-from training.dataset import open_split
-from training.model import freeze, parameter_groups
-from training.objectives import Objective
-from training.sharding import ShardPlan
-from training.transforms import ImageTransform
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 FEATURES = Features({"image": Image(), "label": ClassLabel(num_classes=1000)})

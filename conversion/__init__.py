@@ -1,5 +1,5 @@
 """Pretrained classifiers and research checkpoints as CA-Stream models."""
 
-from .classifier import convert_classifier, load_source
+from castream.conversion.classifier import convert_classifier, load_source
 
 __all__ = ["convert_classifier", "load_source"]

@@ -13,11 +13,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from castream.data.scenes.rendering import CLASS_NAMES, render_scene  # noqa: E402
+from castream.evaluation.figures import ExampleRow, write_examples  # noqa: E402
 from transformers import AutoImageProcessor  # noqa: E402
 
-from evaluation.figures import ExampleRow, write_examples  # noqa: E402
 from modeling_castream import CAStreamForImageClassification, explain  # noqa: E402
-from training.rendering import CLASS_NAMES, render_scene  # noqa: E402
 
 SCENES = (5, 13, 30, 44)  # held-out scenes of the default seed: not chosen for their maps
 COLUMNS = (("raw_attention", "ca"), ("grad_cam", "gap"), ("grad_cam", "ca"), ("attention_cam", "ca"))

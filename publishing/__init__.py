@@ -1,6 +1,6 @@
 """Publishing: the model card, the folder that goes to the Hub, the check that it loads there, and the upload.
 
-from publishing import publish, write_model_card
+from castream.publishing import publish, write_model_card
 """
 
 from .card import write_model_card

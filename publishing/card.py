@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from .results import check_results, describe_results, to_eval_results
 from .weights import count_values, fingerprint
 
-TEMPLATE = Path(__file__).parent.parent / "model_card.md"
+TEMPLATE = Path(__file__).parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
 TAGS = ["castream", "interpretability", "saliency", "attention-pooling", "arxiv:2404.14996"]
 CAPTIONS = {

@@ -1,4 +1,4 @@
-"""Who may import whom (the rooms of the package), and what the Hub's loader can follow."""
+"""Who may import whom (docs/architecture.md), and what the Hub's loader can follow."""
 
 import ast
 import sys
@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("tests", "app", "benchmarks", "docs")  # nobody imports these; they may look anywhere
-ROOMS = sorted(
-    path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py")) and path.name not in SCRIPTS
+# Floor by floor, from the ground up: a room imports from lower floors only.
+FLOORS = (
+    ("modeling_castream",),
+    ("artifacts",),
+    ("data",),
+    ("conversion", "evaluation"),
+    ("publishing",),
+    ("training",),
+    ("castream", "app", "benchmarks", "docs"),
 )
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
+COMMANDS = ("train", "publish")  # scripts in the checkout's root
 PAYLOAD = sorted((ROOT / "modeling_castream").glob("*_castream.py"))
 # What the Hub payload may need on a loader's machine besides the standard library.
 PAYLOAD_IMPORTS = {"torch", "transformers", "huggingface_hub", "timm", "numpy", "PIL"}
@@ -31,27 +39,32 @@ def room_files(room: str) -> list[Path]:
     return [path for path in (ROOT / room).rglob("*.py") if "__pycache__" not in path.parts]
 
 
-def test_the_rooms_are_found():
-    assert {"modeling_castream", "training", "conversion", "evaluation"} <= set(ROOMS)
+def room_of(module: str) -> str | None:
+    """The room that an absolute import leads to: `castream.data.loader` -> data, `torch.nn` -> None."""
+    first, *inside = module.split(".")
+    if first == "castream" and inside and inside[0] in FLOOR:
+        return inside[0]
+    return first if first in FLOOR else None
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_a_room_stays_out_of_the_others_insides(room):
-    """modeling_castream imports no room; the others import it, and one another only by their front door."""
-    for path in room_files(room):
-        for level, module, _ in imported(path):
-            top, *inside = module.split(".")
-            if level or top == room or top not in ROOMS:
-                continue
-            where = f"{path.relative_to(ROOT)} imports {module}"
-            assert room != "modeling_castream", where
-            assert top == "modeling_castream" or not inside, f"{where}: import it from {top} itself"
+def test_every_room_has_its_floor():
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and any(path.glob("*.py")) and path.name != "tests"}
+    assert rooms == set(FLOOR)
 
 
-@pytest.mark.parametrize("path", [path for room in ROOMS for path in room_files(room)], ids=lambda p: p.stem)
-def test_nobody_imports_commands_or_tests(path):
-    forbidden = {"train", "publish", *SCRIPTS}
-    assert not forbidden & {module.split(".")[0] for level, module, _ in imported(path) if level == 0}
+@pytest.mark.parametrize("path", [path for room in FLOOR for path in room_files(room)], ids=lambda p: p.stem)
+def test_arrows_point_downwards(path):
+    """No room imports from its own floor or a higher one, another room's underscore names, a command or a test."""
+    room = path.relative_to(ROOT).parts[0]
+    for level, module, names in imported(path):
+        target = None if level else room_of(module)
+        where = f"{path.relative_to(ROOT)} imports {module} {names}"
+        assert level or module.split(".")[0] not in (*COMMANDS, "tests"), where
+        if target is None or target == room:
+            continue
+        assert FLOOR[target] < FLOOR[room], where
+        assert module.startswith(("castream", "modeling_castream")), f"{where}: rooms go by their installed names"
+        assert not any(part.startswith("_") for part in (*module.split("."), *names)), where
 
 
 @pytest.mark.parametrize("path", PAYLOAD, ids=lambda path: path.stem)

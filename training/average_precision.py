@@ -3,9 +3,9 @@
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from castream.data.transforms import DECODING_ERRORS, read_image
 
 from .heldout import HeldOut
-from .transforms import DECODING_ERRORS, read_image
 
 
 def mean_average_precision(scores: torch.Tensor, labels: torch.Tensor) -> float:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from castream.artifacts.files import PARTIAL, new_folder, read_json, sha256, torch_bytes, write_file, write_json
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-
-from .storage import PARTIAL, new_folder, read_json, sha256, torch_bytes, write_file, write_json
 
 MANIFEST, STATE = "manifest.json", "state.json"  # checksums of all other files; where the run stands
 _PREFIX = "step-"

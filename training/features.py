@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from castream.artifacts.files import read_json, write_file, write_json
+from castream.data.loader import StreamLoader
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 
-from .data import StreamLoader
 from .objectives import Features, Objective
 from .steps import to_device
-from .storage import read_json, write_file, write_json
 
 IMAGES_PER_FILE = 512
 _KEY = "key.json"

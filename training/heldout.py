@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from castream.data.opening import MASK_COLUMN, UNLABELLED, Split
+from castream.data.transforms import DECODING_ERRORS, read_image
 
-from .dataset import MASK_COLUMN, UNLABELLED, Split
 from .objectives import attention_entropy
-from .transforms import DECODING_ERRORS, read_image
 
 
 class HeldOut:

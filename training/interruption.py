@@ -45,9 +45,3 @@ class Interruption:
             signal.signal(each, signal.SIG_DFL)
         if not self.deferred:
             raise InterruptedRun("stopped: the same command goes on from here")
-
-
-def ignore_interruptions(worker: int) -> None:
-    """For a loader's workers: a signal to the whole process group is the main process's to act on."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

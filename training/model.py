@@ -5,15 +5,15 @@ import json
 from pathlib import Path
 
 import torch
+from castream.artifacts.files import new_folder, write_json
+from castream.conversion import convert_classifier
+from castream.data.opening import Split
 from transformers import AutoImageProcessor
 
-from conversion import convert_classifier
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, CAStreamImageProcessor
 
 from .arguments import TrainingArguments
-from .dataset import Split
 from .run_folder import RunFolder
-from .storage import new_folder, write_json
 
 TRAINING_FILE = "training.json"
 

@@ -6,16 +6,18 @@ from dataclasses import replace
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from castream.data.loader import ReaderSettings, StreamLoader
+from castream.data.opening import Split
+from castream.data.sharding import ShardPlan
+from castream.data.transforms import ImageTransform
+from castream.evaluation import EvaluationSettings
 from huggingface_hub import get_token
 from huggingface_hub.utils import validate_repo_id
 from tqdm import tqdm
 
-from evaluation import EvaluationSettings
 from modeling_castream import CAStreamConfig
 
 from .arguments import TrainingArguments
-from .data import ReaderSettings, StreamLoader
-from .dataset import Split
 from .features import CachedLoader, build_cache, prepare_cache
 from .heldout import HeldOut, pixel_batches
 from .interruption import InterruptedRun, Interruption
@@ -23,9 +25,7 @@ from .model import save_model, set_classifier
 from .objectives import Objective
 from .probe import fit_linear_classifier, pooled_features
 from .run_folder import RunFolder
-from .sharding import ShardPlan
 from .steps import to_device
-from .transforms import ImageTransform
 from .watching import MIN_ROWS, check_bad_images, check_readable
 
 MAX_WORKERS = 8

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from castream.artifacts.files import remove_partial, write_file
 from filelock import FileLock, Timeout
 
 from .arguments import TrainingArguments
-from .storage import remove_partial, write_file
 
 # Settings that may differ between a run and its continuation: they change neither the model nor its evaluation.
 FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "strip_steps", "tracker", "output_dir")

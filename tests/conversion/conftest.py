@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from conversion.classifier import load_source, write_classifier
-from conversion.parity import Parity
-from conversion.table import write_random_source
+from castream.conversion.classifier import load_source, write_classifier
+from castream.conversion.parity import Parity
+from castream.conversion.table import write_random_source
 
 
 @dataclass

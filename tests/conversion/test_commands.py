@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from castream.conversion.command import main
+from castream.conversion.table import write_random_source
 from PIL import Image
 from transformers import (
     RegNetConfig,
@@ -19,8 +21,6 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from conversion.__main__ import main
-from conversion.table import write_random_source
 from tests.conversion.research_network import research_state
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +110,7 @@ def test_weights_that_would_have_to_be_downloaded(tmp_path, capsys, monkeypatch)
         raise OSError("no route\nto the Hub")
 
     monkeypatch.setattr("timm.create_model", unreachable)
-    from conversion.timm_families import _create
+    from castream.conversion.timm_families import _create
 
     with pytest.raises(ValueError, match=r"could not be downloaded \(no route\).*--checkpoint FILE"):
         _create("resnet18", None, False)

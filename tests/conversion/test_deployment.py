@@ -6,13 +6,13 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from castream.conversion import convert_classifier
+from castream.conversion.command import main
+from castream.conversion.official import convert_official
+from castream.conversion.onnx_export import LogitsAndAttention, export_onnx
 from PIL import Image
 from transformers import ConvNextConfig, ResNetConfig
 
-from conversion import convert_classifier
-from conversion.__main__ import main
-from conversion.official import convert_official
-from conversion.onnx_export import LogitsAndAttention, export_onnx
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from tests.conversion.research_network import research_state
 

@@ -7,13 +7,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from castream.conversion import convert_classifier
+from castream.conversion.parity import example_images
+from castream.conversion.table import ROWS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from conversion import convert_classifier
-from conversion.parity import example_images
-from conversion.table import ROWS
 from modeling_castream import CAStreamForImageClassification
 from tests.fresh_process import run_fresh
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from castream.conversion import official
+from castream.conversion.mapping import rename
+from castream.conversion.official import ARCHITECTURES, convert_official, write_official
 
-from conversion import official
-from conversion.mapping import rename
-from conversion.official import ARCHITECTURES, convert_official, write_official
 from modeling_castream import CAStreamForImageClassification
 from tests.conversion.research_network import research_shapes, research_state
 from tests.reference import formula
@@ -128,7 +128,7 @@ def test_file_forms_and_heads(tmp_path):
 
 def test_larger_efficientnets_keep_their_epsilon():
     """The epsilon of batch normalisation that timm's network lacks moves into the variance, in the backbone only."""
-    from conversion.torchvision_families import adapt_state
+    from castream.conversion.torchvision_families import adapt_state
 
     state = {"features.2.0.block.0.1.running_var": torch.ones(2), "features.8.1.running_var": torch.ones(2)}
     adapted = adapt_state("efficientnet_b5", state)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-
-from conversion.classifier import convert, load_source, write_classifier
-from conversion.mapping import load_renamed, rename
-from conversion.parity import check_parity
-from conversion.table import write_random_source
+from castream.conversion.classifier import convert, load_source, write_classifier
+from castream.conversion.mapping import load_renamed, rename
+from castream.conversion.parity import check_parity
+from castream.conversion.table import write_random_source
 
 
 @pytest.fixture

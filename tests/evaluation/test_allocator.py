@@ -7,14 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from evaluation import allocator
+from castream.evaluation import allocator
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import resource, sys
 import torch
-from evaluation.allocator import keep_freed_memory
+from castream.evaluation.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def allocate_and_free():

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-
-from evaluation.controls import (
+from castream.evaluation.controls import (
     confidences,
     control_maps,
     fit_temperature,
@@ -13,6 +12,7 @@ from evaluation.controls import (
     rank_correlation,
     shuffled_classifier,
 )
+
 from tests.evaluation.small import small_model
 
 

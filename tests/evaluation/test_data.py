@@ -5,12 +5,8 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
-from datasets import Image as ImageFeature
-from PIL import Image
-
-from evaluation import EvaluationSettings, evaluate_saliency
-from evaluation.data import (
+from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation.data import (
     Examples,
     Preprocessor,
     decode_image,
@@ -18,7 +14,11 @@ from evaluation.data import (
     read_blocks,
     read_examples,
 )
-from evaluation.opening import count_rows, open_dataset
+from castream.evaluation.opening import count_rows, open_dataset
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
 from tests.evaluation.small import MEAN, SIZE, STD, small_examples, small_image, small_model, small_processor
 
 

@@ -3,10 +3,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from castream.evaluation import EvaluationSettings, engine, evaluate_saliency
+from castream.evaluation.data import Preprocessor, prepare_block, read_examples
+from castream.evaluation.scoring import Scorer
 
-from evaluation import EvaluationSettings, engine, evaluate_saliency
-from evaluation.data import Preprocessor, prepare_block, read_examples
-from evaluation.scoring import Scorer
 from modeling_castream import explain
 from tests.evaluation.small import MEAN, SIZE, STD, small_examples, small_model, small_processor
 
@@ -73,7 +73,7 @@ def test_insertion_and_deletion_by_their_definition(size, steps):
     assert pixel_values.shape[2:] == size and torch.allclose(pixel_values, expected, atol=1e-5)
     saliency = explain(model, pixel_values, [example["label"]], "grad_cam", "ca")[0].flatten().tolist()
     order = sorted(range(size[0] * size[1]), key=lambda pixel: (-saliency[pixel], -pixel))
-    from evaluation.perturbation import blur_images
+    from castream.evaluation.perturbation import blur_images
 
     substrates = {"insertion": (blur_images(pixel_values), pixel_values), "deletion": (pixel_values, 0 * pixel_values)}
     for name, (start, end) in substrates.items():

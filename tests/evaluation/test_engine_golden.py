@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from castream.evaluation import EvaluationSettings, engine
+from castream.evaluation.data import Block
+from castream.evaluation.scoring import Scorer
 
-from evaluation import EvaluationSettings, engine
-from evaluation.data import Block
-from evaluation.scoring import Scorer
 from tests.evaluation.golden_model import golden_model
 from tests.reference import formula
 

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-
-from evaluation import intervals
-from evaluation.intervals import Interval, mean_interval, paired_interval
+from castream.evaluation import intervals
+from castream.evaluation.intervals import Interval, mean_interval, paired_interval
 
 
 def test_constant_values_have_a_point_as_interval():

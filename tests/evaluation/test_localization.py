@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-
-from evaluation.localization import box_mask, mask_share, pointing_hit, sparsity
-from evaluation.perturbation import pixel_order
+from castream.evaluation.localization import box_mask, mask_share, pointing_hit, sparsity
+from castream.evaluation.perturbation import pixel_order
 
 # 2x3 maps: a peak in the top right, two equal peaks, all zero, constant
 MAPS = torch.tensor(

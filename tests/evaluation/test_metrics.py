@@ -11,8 +11,7 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-
-from evaluation.metric_loading import METRICS_FOLDER, load_metric, metric_names
+from castream.evaluation.metric_loading import METRICS_FOLDER, load_metric, metric_names
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = np.load(ROOT / "tests" / "reference" / "metrics_public.npz")

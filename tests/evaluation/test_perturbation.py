@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from evaluation.perturbation import (
+from castream.evaluation.perturbation import (
     blur_images,
     blur_profile,
     deletion_images,
@@ -22,6 +21,7 @@ from evaluation.perturbation import (
     transition_images,
     upsample_saliency,
 )
+
 from tests.reference import formula
 
 REFERENCE = np.load(Path(__file__).resolve().parents[1] / "reference" / "metrics_public.npz")

@@ -1,8 +1,7 @@
 import pytest
 import torch
-
-from evaluation.perturbation import blur_images, pixel_order
-from evaluation.protocol import deletion_end, inner_points, insertion_start, saliency_order
+from castream.evaluation.perturbation import blur_images, pixel_order
+from castream.evaluation.protocol import deletion_end, inner_points, insertion_start, saliency_order
 
 
 def noise(*shape):

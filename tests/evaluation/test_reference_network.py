@@ -5,9 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torchvision.models import resnet18
-
-from evaluation.perturbation import (
+from castream.evaluation.perturbation import (
     deletion_images,
     insertion_images,
     mask_images,
@@ -15,6 +13,8 @@ from evaluation.perturbation import (
     pixel_order,
     upsample_saliency,
 )
+from torchvision.models import resnet18
+
 from tests.reference import formula
 
 REFERENCE = np.load(Path(__file__).resolve().parents[1] / "reference" / "metrics_public.npz")

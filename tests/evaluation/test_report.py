@@ -5,12 +5,9 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from PIL import Image
-from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
-
-from evaluation import EvaluationSettings, evaluate_saliency
-from evaluation import report as report_module
-from evaluation.figures import (
+from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation import report as report_module
+from castream.evaluation.figures import (
     METHOD_TITLES,
     ExampleRow,
     _legend,
@@ -20,10 +17,13 @@ from evaluation.figures import (
     write_examples,
     write_report_examples,
 )
-from evaluation.intervals import mean_interval, paired_interval
-from evaluation.published import published_rows
-from evaluation.report import summarize, to_markdown
-from evaluation.store import SCHEMA, Part
+from castream.evaluation.intervals import mean_interval, paired_interval
+from castream.evaluation.published import published_rows
+from castream.evaluation.report import summarize, to_markdown
+from castream.evaluation.store import SCHEMA, Part
+from PIL import Image
+from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
+
 from modeling_castream import CAStreamConfig, explain
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 

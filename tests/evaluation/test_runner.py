@@ -11,12 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from castream.evaluation import EvaluationSettings, evaluate_saliency, runner
+from castream.evaluation.command import main
+from castream.evaluation.data import Examples
+from castream.evaluation.settings import CONTROLS, PAIRED_CONTROLS
+from castream.evaluation.store import write_atomically
 
-from evaluation import EvaluationSettings, evaluate_saliency, runner
-from evaluation.__main__ import main
-from evaluation.data import Examples
-from evaluation.settings import CONTROLS, PAIRED_CONTROLS
-from evaluation.store import write_atomically
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -315,7 +315,7 @@ def test_a_killed_command_goes_on(folders, tmp_path):
     slow = [sys.executable, "-c", "import evaluation.runner as r; r.SECONDS_PER_PART = 0; "
             "import time; e = r.evaluate_block; "
             "r.evaluate_block = lambda s, b: (time.sleep(0.5), e(s, b))[1]; "
-            "import sys; from evaluation.__main__ import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
+            "import sys; from castream.evaluation.command import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
     arguments = options(folders, tmp_path / "out")
     process = launch([*slow, *arguments])
     deadline = time.monotonic() + 120

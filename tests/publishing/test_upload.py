@@ -1,9 +1,9 @@
 """Uploading to the Hub's stand-in: one commit or none, never a mixture, and a clear line for everything that fails."""
 
 import pytest
+from castream.publishing import PublishError
+from castream.publishing.hub import check_repo_id, check_token, upload
 
-from publishing import PublishError
-from publishing.hub import check_repo_id, check_token, upload
 from tests.hub_stand_in import TOKEN, Blob
 from tests.publishing.models import save_model
 

@@ -2,8 +2,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-
-from training.arguments import TrainingArguments, parse_arguments
+from castream.training.arguments import TrainingArguments, parse_arguments
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

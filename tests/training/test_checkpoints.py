@@ -10,10 +10,9 @@ import time
 import numpy as np
 import pytest
 import torch
-
-from training import storage
-from training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
-from training.storage import new_folder, remove_partial, write_file
+from castream.artifacts import files as storage
+from castream.artifacts.files import new_folder, remove_partial, write_file
+from castream.training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
 
 
 def save(folder, step, keep=2):
@@ -118,7 +117,7 @@ def test_kill_9_while_saving_never_leaves_half_a_checkpoint(tmp_path):
     code = f"""
     import itertools, torch
     from pathlib import Path
-    from training.checkpoints import save_checkpoint
+    from castream.training.checkpoints import save_checkpoint
     for step in itertools.count(1):
         tensors = {{"weight": torch.full((300_000,), float(step))}}
         save_checkpoint(Path({str(tmp_path)!r}), step, tensors, {{}}, {{"at": step}}, [{{}}], keep=2)

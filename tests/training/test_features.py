@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from castream.training.features import CachedLoader, build_cache, prepare_cache
+from tests.data.test_loader import make_loader
 
-from tests.training.test_data import make_loader
 from tests.training.test_objectives import make
 from tests.training.tiny_data import write_shards
-from training.features import CachedLoader, build_cache, prepare_cache
 
 
 def build(folder, objective, data, world=1, views=1, stop_after=None, key="a", limit=1e9):

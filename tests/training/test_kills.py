@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from castream.artifacts.files import PARTIAL
+from castream.training.checkpoints import _checkpoints, _read
 from safetensors.torch import load_file
 
 from tests.training.commands import kill_all, start, torchrun
 from tests.training.tiny_data import write_shards
-from training.checkpoints import _checkpoints, _read
-from training.storage import PARTIAL
 
 CHECKPOINT_STEPS = 16
 PATIENCE = 120  # seconds for a moment to come

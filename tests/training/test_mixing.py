@@ -1,9 +1,8 @@
 import pytest
 import torch
-
-from training.arguments import TrainingArguments
-from training.ema import Ema
-from training.mixing import Mixer
+from castream.training.arguments import TrainingArguments
+from castream.training.ema import Ema
+from castream.training.mixing import Mixer
 
 
 @pytest.fixture

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-
-from training.arguments import TrainingArguments
-from training.objectives import Objective, attention_entropy, random_masks
+from castream.training.arguments import TrainingArguments
+from castream.training.objectives import Objective, attention_entropy, random_masks
 
 
 def make(tiny_model, labels_kind="single", **settings) -> Objective:

@@ -2,8 +2,7 @@ import math
 
 import pytest
 import torch
-
-from training.probe import fit_linear_classifier
+from castream.training.probe import fit_linear_classifier
 
 
 def make(count=60, width=5, classes=3):

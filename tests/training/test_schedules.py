@@ -3,10 +3,9 @@ import math
 
 import pytest
 import torch
-
-from training.arguments import TrainingArguments
-from training.progress import Progress
-from training.schedules import learning_rate, run_progress
+from castream.training.arguments import TrainingArguments
+from castream.training.progress import Progress
+from castream.training.schedules import learning_rate, run_progress
 
 
 def rates(points, **settings):

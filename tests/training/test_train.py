@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from castream.publishing import PublishError
+from castream.training.arguments import TrainingArguments
+from castream.training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from castream.training.run_folder import RunFolder
+from castream.training.watching import Watch
 from filelock import FileLock
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
-from publishing import PublishError
+from tests.data.test_opening import write_tar
 from tests.training.commands import ROOT, kill_all, start, torchrun
-from tests.training.test_dataset import write_tar
 from tests.training.tiny_data import CLASSES, make_row, write_shards
-from training.arguments import TrainingArguments
-from training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
-from training.run_folder import RunFolder
-from training.watching import Watch
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -152,7 +152,7 @@ def test_too_many_broken_images_stop_the_run(run, options, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_culprits(run, options, monkeypatch):
-    from training.objectives import Objective
+    from castream.training.objectives import Objective
 
     original = Objective.forward
 

@@ -1,6 +1,5 @@
 import pytest
-
-from training.sharding import ShardPlan
+from castream.data.sharding import ShardPlan
 
 
 def readers(plan: ShardPlan, epoch: int) -> list[list[int]]:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from castream.data.scenes.dataset import scenes_data_files, write_scenes
 from datasets import ClassLabel, Features, Image, IterableDataset, Sequence, Value, load_dataset
 from datasets import List as ListFeature
-
-from .arguments import TrainingArguments
-from .scenes import scenes_data_files, write_scenes
 
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "classes", "target")
 MASK_COLUMN = "mask"
@@ -107,7 +105,7 @@ class Split:
             yield from ((f"0:{number}", row[self.label_column]) for number, row in enumerate(self.stream))
 
 
-def open_split(args: TrainingArguments, split: str) -> Split:
+def open_split(args, split: str) -> Split:
     """Open one split of the run's dataset.
 
     Raises:
@@ -143,7 +141,7 @@ def open_split(args: TrainingArguments, split: str) -> Split:
     return Split(stream, image_column, label_column, names, multi_label, num_rows, only_paths, parquet)
 
 
-def _resolve(args: TrainingArguments, split: str) -> tuple[str, dict]:
+def _resolve(args, split: str) -> tuple[str, dict]:
     """The builder's name and its files for `load_dataset`, the split's only: columns may differ."""
     if args.dataset_name is None:
         folder = write_scenes(seed=args.seed, num_train=args.scenes_train, num_validation=args.scenes_validation)
@@ -174,7 +172,7 @@ def _filled(paths: list[str]) -> list[str]:
     return filled
 
 
-def _of_split(files: list[str], folder: Path, args: TrainingArguments, split: str) -> list[str]:
+def _of_split(files: list[str], folder: Path, args, split: str) -> list[str]:
     """Files of a split, told by its name in the path below the folder; all are for training where no name is found.
 
     Raises:
@@ -197,7 +195,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _first_row(stream: IterableDataset, args: TrainingArguments, split: str) -> dict:
+def _first_row(stream: IterableDataset, args, split: str) -> dict:
     try:
         return next(iter(stream.decode(False) if stream.features else stream))
     except StopIteration:
@@ -210,7 +208,7 @@ def _guess_feature(value):
     return Image() if isinstance(value, dict) and "bytes" in value else Value("string")
 
 
-def _image_column(features: Features, row: dict, args: TrainingArguments) -> str:
+def _image_column(features: Features, row: dict, args) -> str:
     if args.image_column:
         if args.image_column not in features:
             raise ValueError(
@@ -223,7 +221,7 @@ def _image_column(features: Features, row: dict, args: TrainingArguments) -> str
     return images[0]
 
 
-def _label_column(features: Features, args: TrainingArguments) -> str | None:
+def _label_column(features: Features, args) -> str | None:
     if args.label_column and args.label_column not in features:
         raise ValueError(f"label_column={args.label_column!r} is not in the dataset, which has {', '.join(features)}.")
     found = [args.label_column] if args.label_column else []

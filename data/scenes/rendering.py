@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from .rendering_shapes import SILHOUETTES, Part, distractor
+from .shapes import SILHOUETTES, Part, distractor
 
 CLASS_NAMES: tuple[str, ...] = tuple(sorted(SILHOUETTES))
 

@@ -5,11 +5,11 @@ import json
 import tarfile
 
 import pytest
+from castream.data.opening import open_split
+from castream.training.arguments import TrainingArguments
+from castream.training.heldout import HeldOut
 
 from tests.training.tiny_data import CLASSES, make_row, write_shards
-from training.arguments import TrainingArguments
-from training.dataset import open_split
-from training.heldout import HeldOut
 
 
 def open_folder(folder, split="train", **settings):

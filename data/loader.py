@@ -9,6 +9,7 @@ does not depend on who reads it or when.
 
 import hashlib
 import itertools
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,8 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from .dataset import Split
-from .interruption import ignore_interruptions
+from .opening import Split
 from .sharding import ShardPlan
 from .transforms import DECODING_ERRORS, ImageTransform, random_mask_noise, read_image
 
@@ -212,6 +212,12 @@ def cut(batches: list[dict], size: int) -> list[dict]:
         {name: whole[name][start : start + size] for name in names} | {"keys": keys[start : start + size]}
         for start in range(0, len(keys), size)
     ]
+
+
+def ignore_interruptions(worker: int) -> None:
+    """For a loader's workers: a signal to the whole process group is the main process's to act on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StreamLoader:

@@ -22,9 +22,9 @@ from datasets import ClassLabel, Features, Image, Value
 from filelock import FileLock
 from tqdm import tqdm
 
-from . import rendering, rendering_shapes, scenes_workers
+from . import rendering, shapes, workers
 from .rendering import CLASS_NAMES
-from .scenes_workers import encode_scene, ordered_map
+from .workers import encode_scene, ordered_map
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -101,7 +101,7 @@ def _folder_name(seed: int, counts: dict[str, int], shards: int, size: int) -> s
     """Name that tells the parameters, with a digest of all that decides the contents, the drawing code included."""
     parameters = {"counts": counts, "shards": shards, "row_group": ROW_GROUP_SIZE}
     digest = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode())
-    for module in (rendering, rendering_shapes, scenes_workers):
+    for module in (rendering, shapes, workers):
         digest.update(Path(module.__file__).read_bytes())
     sizes = "-".join(str(count) for count in counts.values())
     return f"scenes-v{FORMAT_VERSION}-seed{seed}-{sizes}-{size}px-{digest.hexdigest()[:12]}"

@@ -5,10 +5,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from castream.data.transforms import DECODING_ERRORS, ImageTransform, decode_image
 from PIL import Image
 from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
-
-from training.transforms import DECODING_ERRORS, ImageTransform, decode_image
 
 
 def smooth(height, width):

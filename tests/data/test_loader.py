@@ -6,15 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from castream.data.loader import ReaderSettings, StreamLoader
+from castream.data.opening import open_split
+from castream.data.sharding import ShardPlan
+from castream.data.transforms import ImageTransform
+from castream.training.arguments import TrainingArguments
 from PIL import Image
 from transformers import BitImageProcessor
 
 from tests.training.tiny_data import encode, write_shards
-from training.arguments import TrainingArguments
-from training.data import ReaderSettings, StreamLoader
-from training.dataset import open_split
-from training.sharding import ShardPlan
-from training.transforms import ImageTransform
 
 PROCESSOR = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
 

@@ -13,12 +13,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from castream.data.scenes import dataset as scenes
+from castream.data.scenes.dataset import scenes_data_files, write_scenes
+from castream.data.scenes.rendering import CLASS_NAMES, balanced_label, render_scene
 from datasets import load_dataset
 from PIL import Image, ImageFilter
-
-from training import scenes
-from training.rendering import CLASS_NAMES, balanced_label, render_scene
-from training.scenes import scenes_data_files, write_scenes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = {"num_train": 24, "num_validation": 12, "shards_per_split": 3, "size": 48, "num_workers": 1, "progress": False}
@@ -169,7 +168,7 @@ def test_full_disk_leaves_nothing_behind_and_a_second_run_completes(folder, tmp_
 
 def test_killed_run_leaves_nothing_under_the_final_name(folder, tmp_path):
     (tmp_path / "draw.py").write_text(
-        "from training.scenes import write_scenes\n"
+        "from castream.data.scenes.dataset import write_scenes\n"
         f"if __name__ == '__main__':\n    write_scenes({str(tmp_path / 'cache')!r}, **{SMALL | {'size': 480}!r})\n"
     )
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
@@ -223,5 +222,5 @@ def test_bad_dataset_arguments(tmp_path, arguments, message):
 
 
 def test_module_does_not_import_torch():
-    code = "import sys, training.rendering, training.scenes_workers; sys.exit('torch' in sys.modules)"
+    code = "import sys, castream.data.scenes.rendering, castream.data.scenes.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY).returncode == 0

@@ -1,0 +1,1 @@
+"""Folders on disk: whole or absent, told apart by fingerprints."""

@@ -1,0 +1,1 @@
+"""The one way to images: naming, opening, decoding, transforming, sharding and streaming a dataset."""

@@ -1,0 +1,1 @@
+"""The embedded dataset: rendered scenes whose objects have a known mask."""

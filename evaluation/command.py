@@ -1,0 +1,208 @@
+"""Evaluate a model's saliency maps on a dataset: `python -m evaluation --help`."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .settings import (
+    AUTOCASTS,
+    CONTROLS,
+    METRICS,
+    PAIRED_CONTROLS,
+    PAPER_METRICS,
+    POOLINGS,
+    PROTOCOLS,
+    STABLE_CHANGES,
+    TARGETS,
+    EvaluationSettings,
+)
+
+EPILOG = """examples:
+  python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
+  python -m evaluation --model DIR --dataset PHOTOS --split heldout --output results     (the folder PHOTOS/heldout)
+  python -m evaluation --model DIR --dataset imagefolder --data-files 'photos/**' --split train --output results
+  python -m evaluation --model DIR --dataset DATA --split test --output results --controls   (all controls)
+  python -m evaluation --model DIR --dataset DATA --split test --metrics mask_share pointing_game --output results
+  accelerate launch -m evaluation --model DIR ...        (several processes; every image is counted once)
+
+A killed run goes on where it was when the same command is started again. It writes results.json, results.md,
+per_image.parquet, examples.png and curves.png into the output folder. evaluation/README.md defines every figure.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    defaults = EvaluationSettings()
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation",
+        description="Evaluate the saliency maps of a CA-Stream model under global average pooling and cross-attention.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub id of a CAStream classifier, with its image processor")
+    add("--dataset", required=True, help="Hub id, folder, or builder (imagefolder, parquet, webdataset)")
+    add("--split", required=True, help="split of the dataset, such as validation")
+    add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    _add_table_options(parser, defaults)
+    _add_run_options(parser, defaults)
+    _add_dataset_options(parser)
+    return parser
+
+
+def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSettings) -> None:
+    """Which rows and columns the table has."""
+    from modeling_castream.saliency_castream import METHODS
+
+    add = parser.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=defaults.methods,
+        metavar="METHOD",
+        help=_names(METHODS, defaults.methods),
+    )
+    add("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS, metavar="POOLING", help=_names(POOLINGS, POOLINGS))
+    add(
+        "--metrics",
+        nargs="+",
+        choices=METRICS,
+        default=PAPER_METRICS,
+        metavar="METRIC",
+        help=_names(METRICS, PAPER_METRICS),
+    )
+    add(
+        "--controls",
+        nargs="*",
+        choices=CONTROLS,
+        metavar="CONTROL",
+        help=f"alone for all, or some out of {', '.join(CONTROLS)}; default: none",
+    )
+    add(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=defaults.protocol,
+        metavar="PROTOCOL",
+        help="reference (the paper's, to the digit), stable, or one of stable's changes alone: "
+        f"{', '.join(STABLE_CHANGES)}; default: %(default)s",
+    )
+
+
+def _add_run_options(parser: argparse.ArgumentParser, defaults: EvaluationSettings) -> None:
+    """What is explained, and how it is run."""
+    add = parser.add_argument
+    add(
+        "--target",
+        choices=TARGETS,
+        default=defaults.target,
+        help="class that is explained; without a label it is the predicted one; default: %(default)s",
+    )
+    add("--batch-size", type=int, default=defaults.batch_size, help="images per forward pass; default: %(default)s")
+    add("--max-images", type=int, help="stop after this many images; default: all")
+    add("--num-examples", type=int, default=defaults.num_examples, help="images in examples.png; default: %(default)s")
+    add("--seed", type=int, default=defaults.seed, help="of controls and intervals; default: %(default)s")
+    add("--autocast", choices=AUTOCASTS, default=defaults.autocast, help="backbone's precision; default: %(default)s")
+
+
+def _add_dataset_options(parser: argparse.ArgumentParser) -> None:
+    """Options for datasets whose name alone does not say it all."""
+    parser.add_argument("--config-name", help="the dataset's configuration")
+    parser.add_argument("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
+    for role in ("image", "label", "mask", "id"):
+        parser.add_argument(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
+
+
+def _names(names: tuple[str, ...], default: tuple[str, ...]) -> str:
+    return f"out of {', '.join(names)}; default: {', '.join(default) or 'none'}"
+
+
+def _controls(named: list[str] | None, poolings: Sequence[str]) -> tuple[str, ...]:
+    """The controls that an option stands for; without a name, all that the poolings allow."""
+    if named is None:
+        return ()
+    both = set(poolings) == set(POOLINGS)
+    return tuple(named) or tuple(name for name in CONTROLS if both or name not in PAIRED_CONTROLS)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    options.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    try:
+        _evaluate(options)
+    except (ValueError, OSError) as error:
+        message = " ".join(str(error).split())
+        print(f"evaluation: {message}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evaluation: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    # Checked before anything slow is imported or loaded.
+    options.controls = _controls(options.controls, options.poolings)
+    settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
+
+    from accelerate import Accelerator
+
+    from .allocator import keep_freed_memory
+    from .opening import open_dataset
+    from .runner import evaluate_saliency
+
+    keep_freed_memory()
+    accelerator = Accelerator()
+    model, image_processor = _load_model(options.model)
+    roles = {role: getattr(options, f"{role}_column") for role in ("image", "label", "mask", "id")}
+    examples = open_dataset(
+        options.dataset,
+        options.split,
+        options.data_files,
+        options.config_name,
+        {role: column for role, column in roles.items() if column},
+        model.config.label2id,
+    )
+    report = evaluate_saliency(
+        model,
+        image_processor,
+        examples,
+        settings,
+        options.output,
+        accelerator,
+        model_name=options.model,
+        command=options.command,
+    )
+    if accelerator.is_main_process:
+        print(report.markdown())
+        print(f"Written to {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
+
+
+def _load_model(name: str):
+    """A classifier and its image processor.
+
+    Raises:
+        ValueError: there is none, or it is of another kind.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    from modeling_castream import CAStreamImageProcessor
+
+    try:
+        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
+        saved, _ = BaseImageProcessor.get_image_processor_dict(name)
+        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
+        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
+        image_processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
+    if model.config.model_type != "castream":
+        raise ValueError(
+            f"model {name!r} is a {model.config.model_type}: convert it first, with python -m conversion classifier."
+        )
+    return model.eval(), image_processor

@@ -1,0 +1,1 @@
+"""Training the stream: arguments, model, objective, loop, checkpoints."""
