@@ -109,7 +109,7 @@ def test_onnx_command(model, folder, tmp_path, capsys):
 
 def test_a_wrong_onnx_file_gets_no_name(tmp_path, monkeypatch):
     _small_model("resnet").save_pretrained(tmp_path / "model")
-    monkeypatch.setattr("conversion.onnx_export._largest_difference", lambda *args: float("nan"))
+    monkeypatch.setattr("castream.conversion.onnx_export._largest_difference", lambda *args: float("nan"))
     with pytest.raises(ValueError, match="onnxruntime's outputs differ by nan"):
         export_onnx(tmp_path / "model", tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

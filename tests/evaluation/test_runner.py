@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(tmp_path, monk
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "curves.png",
-        "evaluation.json",
+        "castream.evaluation.json",
         "examples.png",
         "per_image.parquet",
         "results.json",
@@ -122,7 +122,7 @@ def test_a_run_killed_while_it_wrote_its_report_goes_on(tmp_path, monkeypatch):
     whole = run(tmp_path / "whole")
     for step in ("write_report_examples", "write_curves"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"evaluation.figures.{step}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(f"castream.evaluation.figures.{step}", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 run(tmp_path / "out")
         (tmp_path / "out" / ".results.json.123.tmp.json").write_text("{")

@@ -29,7 +29,7 @@ def model_dir(tmp_path):
 @pytest.fixture
 def unverified(monkeypatch):
     """The fresh process takes seconds; tests that end before it, or check something else, leave it out."""
-    monkeypatch.setattr("publishing.publication.verify", lambda folder, model: 0.0)
+    monkeypatch.setattr("castream.publishing.publication.verify", lambda folder, model: 0.0)
 
 
 def write_results(folder, **changes):
@@ -200,7 +200,7 @@ def test_results_that_cannot_stand_are_refused(model_dir, tmp_path, capsys, unve
 def test_results_are_recognised_by_the_weights(model_dir, tmp_path, capsys, unverified):
     weights = fingerprint_model(CAStreamForImageClassification.from_pretrained(model_dir))
     results = write_results(tmp_path / "results", model="some other name")
-    (results / "evaluation.json").write_text(json.dumps({"weights": weights}))
+    (results / "castream.evaluation.json").write_text(json.dumps({"weights": weights}))
     publish(model_dir, "me/model", results_dir=results, dry_run=tmp_path / "out")
     published = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (published["model"], published["weights"]) == ("me/model", weights)
@@ -235,7 +235,7 @@ def test_a_dry_run_overwrites_nothing(model_dir, tmp_path, capsys, unverified):
 
 
 def test_no_token(model_dir, capsys, monkeypatch):
-    monkeypatch.setattr("publishing.hub.get_token", lambda: None)
+    monkeypatch.setattr("castream.publishing.hub.get_token", lambda: None)
     assert command.main(["--model", str(model_dir), "--repo-id", "me/model"]) == 1
     assert capsys.readouterr().err == (
         "publish: no Hugging Face token: log in with `hf auth login`, or set HF_TOKEN.\n"

@@ -143,7 +143,7 @@ def test_a_wrong_token_and_a_foreign_namespace_are_refused(hub, folders, monkeyp
 
 
 def test_no_token_is_noticed_before_anything_is_done(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr("publishing.hub.get_token", lambda: None)
+    monkeypatch.setattr("castream.publishing.hub.get_token", lambda: None)
     with pytest.raises(PublishError, match="no Hugging Face token: log in"):
         check_token()
 

@@ -56,7 +56,7 @@ def test_half_a_deletion_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
         if path.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("training.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("castream.training.checkpoints.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.partial", "step-00000002"]

@@ -56,7 +56,7 @@ def test_the_order_does_not_depend_on_the_number_of_processes(tmp_path, tiny_dat
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, tiny_dataset, objective, monkeypatch):
-    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 8)
+    monkeypatch.setattr("castream.training.features.IMAGES_PER_FILE", 8)
     build(tmp_path / "whole", objective, tiny_dataset)
     for stop in (5, 20):
         with pytest.raises(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def test_the_size_is_refused_before_the_work(tmp_path, tiny_dataset, objective):
 
 
 def test_broken_images_are_remembered(tmp_path, objective, monkeypatch):
-    monkeypatch.setattr("training.features.IMAGES_PER_FILE", 4)
+    monkeypatch.setattr("castream.training.features.IMAGES_PER_FILE", 4)
     write_shards(tmp_path / "data", "train", [10, 10], broken=(3, 14))
     build(tmp_path / "cache", objective, tmp_path / "data")
     cached = CachedLoader(tmp_path / "cache", 1, 0, 1, 4, seed=0)
