@@ -67,7 +67,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(tmp_path, monk
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "curves.png",
-        "castream.evaluation.json",
+        "evaluation.json",
         "examples.png",
         "per_image.parquet",
         "results.json",

@@ -270,7 +270,7 @@ def test_bf16_and_a_compiled_backbone(run, options, changes):
 
 def test_any_subset_of_depths_can_be_trained(run, options):
     run(options | {"stream_layers": ["stage1", "stage2"], "epochs": 1})
-    facts = json.loads((Path(options["output_dir"]) / "model" / "castream.training.json").read_text())
+    facts = json.loads((Path(options["output_dir"]) / "model" / "training.json").read_text())
     assert facts["layers"] == ["stage1", "stage2"]
 
 
@@ -343,7 +343,7 @@ def test_uneven_shards_end_without_a_hang(options, tmp_path):
     process = start(options, *launcher, ACCELERATE_USE_CPU="1")
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
-    facts = json.loads((Path(options["output_dir"]) / "model" / "castream.training.json").read_text())
+    facts = json.loads((Path(options["output_dir"]) / "model" / "training.json").read_text())
     assert facts["progress"]["images"] == 2 * 29 and facts["progress"]["epoch"] == 2
 
 
@@ -366,7 +366,7 @@ def test_what_a_run_leaves_behind(run, options, monkeypatch, capsys):
     run(options | {"push_to_hub": True, "hub_model_id": "someone/tiny", "evaluation_metrics": ["average_gain"]})
     folder = Path(options["output_dir"])
     log = read_log(options)
-    layers = json.loads((folder / "model" / "castream.training.json").read_text())["layers"]
+    layers = json.loads((folder / "model" / "training.json").read_text())["layers"]
     wanted = {"loss", "accuracy", "learning_rate", "images_per_second", "epoch"}
     assert wanted | {f"attention_entropy/{layer}" for layer in layers} <= set(log.Tags()["scalars"])
     strips = log.Images("saliency")
