@@ -200,7 +200,7 @@ def test_results_that_cannot_stand_are_refused(model_dir, tmp_path, capsys, unve
 def test_results_are_recognised_by_the_weights(model_dir, tmp_path, capsys, unverified):
     weights = fingerprint_model(CAStreamForImageClassification.from_pretrained(model_dir))
     results = write_results(tmp_path / "results", model="some other name")
-    (results / "castream.evaluation.json").write_text(json.dumps({"weights": weights}))
+    (results / "evaluation.json").write_text(json.dumps({"weights": weights}))
     publish(model_dir, "me/model", results_dir=results, dry_run=tmp_path / "out")
     published = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (published["model"], published["weights"]) == ("me/model", weights)
