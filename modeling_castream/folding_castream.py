@@ -1,0 +1,98 @@
+"""A backbone's batch norms folded into its convolutions, for everything that looks at a network and does not change it.
+
+In eval mode a batch norm is a scale and a shift per channel, so that the convolution before it can do its work:
+
+    BN(W * x + b) = (s W) * x + s (b - mean) + shift,    s = weight / sqrt(var + eps)
+
+The copy is made once per backbone and made again when a weight of the original changes.
+"""
+
+import copy
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_weights
+
+_TOLERANCE = 1e-4  # of the largest value that comes out: rounding stays far below, a wrong pair far above
+_CONVOLUTIONS = ("Conv2d", "Conv2dSame")  # torch's, and timm's that pads as TensorFlow does
+
+# Backbone -> (its weights' state, its folded copy or None).
+_folded: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module | None]] = WeakKeyDictionary()
+
+
+def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
+    """A copy of a network in eval mode whose batch norms are folded into the convolutions that they follow.
+
+    Which norm follows which convolution is seen on a forward pass, so that it does not matter how the network writes it
+    down; what comes out is compared with the original's.
+
+    Args:
+        pixel_values: an input of the network, (batch_size, num_channels, height, width).
+
+    Returns:
+        The copy; None where nothing can be folded, or where the copy computes something else (a convolution whose
+        output goes elsewhere, too).
+    """
+    twin = copy.deepcopy(backbone).eval().requires_grad_(False)
+    with torch.no_grad():
+        pairs = _find_pairs(twin, pixel_values)
+        if not pairs:
+            return None
+        expected = _tensors(backbone(pixel_values))
+        for convolution, (parent, name, norm) in pairs:
+            weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *weights)
+            setattr(parent, name, _after_scale_and_shift(norm))
+        found = _tensors(twin(pixel_values))
+    for ours, theirs in zip(found, expected, strict=True):
+        if not (ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max():
+            return None
+    return twin
+
+
+def _find_pairs(network: nn.Module, pixel_values: torch.Tensor) -> list[tuple[nn.Module, tuple]]:
+    """Each convolution whose output a batch norm takes as it is, with that norm, its parent and its name there."""
+    made, pairs, handles = {}, [], []
+
+    def note_output(convolution, args, output):
+        made[id(output)] = convolution, output, output._version  # the output itself is kept: ids are used again
+
+    def match_input(place, norm, args):
+        convolution, output, version = made.pop(id(args[0]), (None, None, None))
+        if output is args[0] and version == args[0]._version:  # not changed in place since
+            pairs.append((convolution, (*place, norm)))
+
+    for parent in network.modules():
+        for name, child in parent.named_children():
+            if type(child).__name__ in _CONVOLUTIONS:
+                handles.append(child.register_forward_hook(note_output))
+            elif _is_scale_and_shift(child):
+                handles.append(child.register_forward_pre_hook(partial(match_input, (parent, name))))
+    try:
+        network(pixel_values)
+    finally:
+        for handle in handles:
+            handle.remove()
+    used = [id(module) for convolution, (_, _, norm) in pairs for module in (convolution, norm)]
+    return [pair for pair in pairs if used.count(id(pair[0])) == used.count(id(pair[1][2])) == 1]  # not run twice
+
+
+def _is_scale_and_shift(module: nn.Module) -> bool:
+    """Whether a module is a batch norm in eval mode: torch's, or timm's that ends with an activation."""
+    fused = isinstance(module, nn.BatchNorm2d) and {"drop", "act"} <= set(module._modules)
+    return (fused or type(module) is nn.BatchNorm2d) and module.running_mean is not None
+
+
+def _after_scale_and_shift(norm: nn.BatchNorm2d) -> nn.Module:
+    """What is left of a batch norm without its scale and shift: nothing, or timm's dropout and activation."""
+    return nn.Sequential(norm.drop, norm.act) if "act" in norm._modules else nn.Identity()
+
+
+def _tensors(output) -> list[torch.Tensor]:
+    """All tensors in a network's output, in order."""
+    if isinstance(output, torch.Tensor):
+        return [output]
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

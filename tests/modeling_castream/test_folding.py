@@ -1,0 +1,92 @@
+"""Batch norms folded into convolutions: the same numbers, the original untouched."""
+
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from modeling_castream.folding_castream import fold_batch_norms
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """A network in eval mode whose batch norms are off their trivial values."""
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.running_mean, -0.2, 0.2),
+                (module.running_var, 0.5, 1.5),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.2, 0.2),
+            ):
+                tensor.uniform_(low, high, generator=generator)
+    return network.eval()
+
+
+def count_norms(network: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+def check(network: nn.Module, left: int, size: int = 64) -> None:
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    pixel_values = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    folded = fold_batch_norms(network, pixel_values[:1])
+    assert count_norms(folded) == left
+    with torch.no_grad():
+        expected = network(pixel_values)
+        torch.testing.assert_close(folded(pixel_values), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in network.state_dict().items())
+
+
+def test_plain_grouped_and_depthwise_convolutions():
+    check(trained(torchvision.models.mobilenet_v2()), left=0)
+    check(trained(timm.create_model("regnety_002")), left=0)
+
+
+def test_timms_norms_keep_their_activation_and_its_padded_convolutions_fold():
+    check(trained(timm.create_model("tf_efficientnet_lite0")), left=0)
+
+
+def test_norms_that_no_convolution_precedes_stay():
+    network = trained(timm.create_model("densenet121"))
+    check(network, left=62)
+
+
+class Branching(nn.Module):
+    """A convolution whose output is used beside the norm, so that folding would change the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.convolution(pixel_values)
+        return features + self.norm(features)
+
+
+class ChangedInPlace(nn.Module):
+    """The norm takes the very tensor that the convolution made, but with other values."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(pixel_values).relu_())
+
+
+class SharedNorm(nn.Module):
+    """One norm after two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.norm = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.second(self.norm(self.first(pixel_values))))
+
+
+def test_what_cannot_be_folded_is_left_alone():
+    pixel_values = torch.randn(1, 3, 8, 8)
+    for network in (Branching(), ChangedInPlace(), SharedNorm(), nn.Conv2d(3, 4, 3)):
+        assert fold_batch_norms(trained(network), pixel_values) is None
