@@ -36,8 +36,9 @@ from castream.data.opening import open_split
 from castream.data.sharding import ShardPlan
 from castream.data.transforms import ImageTransform
 from castream.training.arguments import TrainingArguments
-from castream.training.model import freeze, parameter_groups
-from castream.training.objectives import Objective
+from castream.training.model import unfreeze
+from castream.training.objective import Objective
+from castream.training.run import make_optimizer
 from datasets import ClassLabel, Features, Image, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
@@ -102,13 +103,12 @@ class Step:
     """A network, its objective and its optimiser."""
 
     def __init__(self, network: str, precision: str, batch_size: int):
-        self.args = TrainingArguments(cache_features=False, variant="stream", freeze_output_projection=False)
         self.model = NETWORKS[network]()
         self.model.config.freeze_classifier = True
-        weights = freeze(self.model, self.args)
+        unfreeze(self.model, train_stream=True, freeze_output_projection=False)
         self.model.castream.backbone.to(memory_format=torch.channels_last)
-        self.objective = Objective(self.model, self.args, MEAN, STD)
-        self.optimizer = torch.optim.AdamW(parameter_groups(weights, 1e-2), lr=1e-4, fused=True)
+        self.objective = Objective(self.model, MEAN, STD)
+        self.optimizer = make_optimizer(self.model, "adamw", 1e-4, 1e-2)
         self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)

@@ -1,1 +1,1 @@
-"""Training the stream: arguments, model, objective, loop, checkpoints."""
+"""Training a CA-Stream model: settings, model, objective, loop, checkpoints."""

@@ -1,111 +1,93 @@
-"""The model as training finds it: converted, with a classifier for the dataset's classes, and what learns unfrozen."""
+"""The model before its first step: converted, with a classifier for the dataset's classes, what is trained unfrozen."""
 
-import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from castream.artifacts.files import new_folder, write_json
 from castream.conversion import convert_classifier
 from castream.data.opening import Split
+from torch.nn import functional as F
 from transformers import AutoImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, CAStreamImageProcessor
 
-from .arguments import TrainingArguments
-from .run_folder import RunFolder
+from .loop import to_device
+from .objective import Objective
 
 TRAINING_FILE = "training.json"
+CLASSIFIER_L2 = 0.03  # penalty of a fitted classifier, on standardised features
 
-_KEPT = ("neck_layers", "head_layers", "classifier_cls_token")  # what the conversion found out about the source
 
+def load_source(source: str, checkpoint: str | None, variant: str) -> tuple[CAStreamForImageClassification, object]:
+    """What to train, and its image processor.
 
-def starting_model(args: TrainingArguments, split: Split) -> tuple[CAStreamForImageClassification, object, bool]:
-    """Load or convert `args.model` and give it the dataset's classes.
-
-    Returns:
-        The model, its image processor, and whether its classifier is still to be fitted.
+    Args:
+        source: a CA-Stream folder, or a source of the conversion; checkpoint: file with its weights.
+        variant: of the stream, where it is converted.
 
     Raises:
-        ValueError: on a source that cannot be had, or classes that do not fit; in one line.
+        ValueError: where it cannot be had; in one line.
     """
-    source, image_processor = _load_source(args)
-    names, available = split.class_names, source.config.num_labels
-    keep = args.classifier == "keep" or (args.classifier == "auto" and (names is None or len(names) == available))
-    if not keep and names is None:
-        raise ValueError(f"classifier={args.classifier} needs a dataset that names its classes, and this one does not.")
-    if keep and args.init == "gap" and _is_stream(args.model) and not _restructured(args, source.config):
-        model = source
-    else:
-        model = _rebuild(source, args, None if keep else names)
-    if split.multi_label:
-        model.config.problem_type = "multi_label_classification"
-    model.config.freeze_backbone, model.config.freeze_classifier = args.freeze_backbone, args.freeze_classifier
-    return model, image_processor, not keep and args.classifier != "new"
-
-
-def find_model(args: TrainingArguments, folder: RunFolder, split: Split) -> tuple:
-    """What `starting_model` returns, from the run's folder where that has it already, trained or untrained."""
-    for ready in (folder.model, folder.initial):
-        if ready.is_dir():
-            return *load_model(ready), False
-    return starting_model(args, split)
-
-
-def _load_source(args: TrainingArguments) -> tuple[CAStreamForImageClassification, object]:
-    if _is_stream(args.model):
-        return load_model(Path(args.model))
+    config = Path(source) / "config.json"
+    if config.is_file() and json.loads(config.read_text()).get("model_type") == "castream":
+        return load_model(Path(source))
     try:
-        return convert_classifier(args.model, checkpoint=args.model_checkpoint, variant=args.variant)
+        return convert_classifier(source, checkpoint=checkpoint, variant=variant)
     except (OSError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"model={args.model!r} cannot be loaded: {reason}") from error
+        raise ValueError(f"model={source!r} cannot be loaded: {reason}") from error
 
 
-def _is_stream(source: str) -> bool:
-    """Whether a source is a folder with a CA-Stream model."""
-    config = Path(source) / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("model_type") == "castream"
+def adapt_model(
+    source: CAStreamForImageClassification, split: Split, classifier: str, stream: dict, seed: int
+) -> tuple[CAStreamForImageClassification, bool]:
+    """Give a network the stream that the settings describe, and a classifier for the dataset's classes.
+
+    Args:
+        classifier: `"auto"`, `"keep"`, `"fit"` or `"new"`.
+        stream: fields of CAStreamConfig; what is None there stays the source's.
+        seed: of new weights.
+
+    Returns:
+        The model, and whether its classifier is still to be fitted.
+
+    Raises:
+        ValueError: on classes that do not fit; in one line.
+    """
+    names, available = split.class_names, source.config.num_labels
+    keep = classifier == "keep" or (classifier == "auto" and (names is None or len(names) == available))
+    if not keep and names is None:
+        raise ValueError(f"classifier={classifier} needs a dataset that names its classes, and this one does not.")
+    changes = {name: value for name, value in stream.items() if value is not None}
+    same_stream = all(getattr(source.config, name) == value for name, value in changes.items() if name != "init")
+    if keep and same_stream and changes["init"] == "gap":  # a stream that is trained already is trained further
+        model = source
+    else:
+        model = _rebuild(source, changes, None if keep else names, seed)
+    if split.multi_label:
+        model.config.problem_type = "multi_label_classification"
+    elif not keep:
+        model.config.problem_type = "single_label_classification"
+    return model, not keep and classifier != "new"
 
 
-def _restructured(args: TrainingArguments, config: CAStreamConfig) -> bool:
-    """Whether the settings ask for another stream than a CA-Stream source has."""
-    asked = (args.variant, args.query, args.num_attention_heads)
-    layers = args.stream_layers is not None and list(args.stream_layers) != config.stream_layers
-    return layers or asked != (config.variant, config.query, config.num_attention_heads)
-
-
-def _rebuild(source: CAStreamForImageClassification, args: TrainingArguments, names: list[str] | None):
-    """The same network with the stream that the settings describe, and with new classes where they are named."""
-    old = source.config
-    config = CAStreamConfig(
-        backbone_config=copy.deepcopy(old.backbone_config),
-        **{name: getattr(old, name) for name in _KEPT},
-        id2label=old.id2label if names is None else dict(enumerate(names)),
-        label2id=old.label2id if names is None else {name: index for index, name in enumerate(names)},
-        variant=args.variant,
-        stream_layers=None if args.stream_layers is None else list(args.stream_layers),
-        num_attention_heads=args.num_attention_heads,
-        query=args.query,
-        init=args.init,
-        freeze_backbone=args.freeze_backbone,
-        freeze_classifier=args.freeze_classifier,
-    )
-    torch.manual_seed(args.seed)
-    model = CAStreamForImageClassification(config)
+def _rebuild(source: CAStreamForImageClassification, changes: dict, names: list[str] | None, seed: int):
+    """The same network with a new stream, and with new classes where they are named."""
+    fields = source.config.to_dict() | {"stream_layers": None} | changes | {"stream_channels": None}
+    if names is not None:
+        fields |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    torch.manual_seed(seed)
+    model = CAStreamForImageClassification(CAStreamConfig.from_dict(fields))
     model.castream.backbone.load_state_dict(source.castream.backbone.state_dict())
     model.castream.neck.load_state_dict(source.castream.neck.state_dict())
     model.head.load_state_dict(source.head.state_dict())
     if names is None:
         model.classifier.load_state_dict(source.classifier.state_dict())
     return model.eval()
-
-
-@torch.no_grad()
-def set_classifier(model: CAStreamForImageClassification, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    """Give a model a fitted classifier."""
-    model.classifier.weight.copy_(weight)
-    model.classifier.bias.copy_(bias)
 
 
 def save_model(folder: Path, model: CAStreamForImageClassification, image_processor, facts: dict | None = None) -> None:
@@ -132,26 +114,98 @@ def load_model(folder: Path) -> tuple[CAStreamForImageClassification, object]:
     return CAStreamForImageClassification.from_pretrained(folder), processor
 
 
-def freeze(model: CAStreamForImageClassification, args: TrainingArguments) -> dict[str, torch.nn.Parameter]:
-    """Unfreeze what the settings train, and nothing else.
+def unfreeze(
+    model: CAStreamForImageClassification, train_stream: bool, freeze_output_projection: bool
+) -> dict[str, torch.nn.Parameter]:
+    """Put a model into training mode; what is trained follows from these settings and the config's.
 
     Returns:
-        The parameters that learn, by name.
+        The parameters that are trained, by name.
     """
     model.train()
     stream = model.castream.stream
-    stream.requires_grad_(args.pooling == "ca")
-    last = stream.blocks[-1].projection
-    if args.freeze_output_projection:
-        last.requires_grad_(False)
+    stream.requires_grad_(train_stream)
+    if freeze_output_projection:
+        stream.blocks[-1].projection.requires_grad_(False)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def parameter_groups(parameters: dict[str, torch.nn.Parameter], weight_decay: float) -> list[dict]:
-    """Weight decay for matrices; none for biases, norms and queries."""
-    plain = [parameter for name, parameter in parameters.items() if parameter.ndim < 2 or name.endswith("stream.query")]
-    decayed = [
-        parameter for name, parameter in parameters.items() if parameter.ndim > 1 and not name.endswith("stream.query")
-    ]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def fit_classifier(accelerator: Accelerator, objective: Objective, batches: Iterator[tuple[dict, object]]) -> None:
+    """Give the objective's model a linear classifier for the dataset's classes, fitted to its GAP features.
+
+    Args:
+        batches: of this process, as a loader's epoch yields them.
+
+    Raises:
+        ValueError: where no image could be decoded, or the labels hold a single class.
+    """
+    model = objective.model
+    features, labels = _pooled_features(accelerator, objective, batches)
+    if not len(labels):
+        raise ValueError("not one image of the training split could be decoded: see bad_images.txt.")
+    weight, bias = fit_linear_classifier(features, labels, model.config.num_labels, CLASSIFIER_L2)
+    with torch.no_grad():
+        model.classifier.weight.copy_(weight)
+        model.classifier.bias.copy_(bias)
+    accelerator.print(f"fitted a linear classifier for {model.config.num_labels} classes to {len(labels)} images")
+
+
+@torch.no_grad()
+def _pooled_features(accelerator: Accelerator, objective: Objective, batches: Iterator[tuple[dict, object]]) -> tuple:
+    """GAP features that the classifier reads, and labels, of all processes' images.
+
+    Returns:
+        (num_images, num_features) and (num_images,) or (num_images, num_labels), on the CPU, the same everywhere.
+    """
+    found = []  # a process may have none
+    for batch, _ in batches:
+        batch = to_device(batch, accelerator.device)
+        with accelerator.autocast():
+            features = batch["features"] if "features" in batch else objective.extract(batch)
+        feature_maps, cls_token = features["view"]
+        pooled = objective.model.head(feature_maps[-1].float().mean((2, 3)))
+        pooled = pooled if cls_token is None else torch.cat([cls_token, pooled], -1)
+        found.append((pooled.float().cpu(), batch["labels"].cpu()))
+    gathered = gather_object(found) if accelerator.num_processes > 1 else found
+    return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True)) if gathered else ((), ())
+
+
+def fit_linear_classifier(
+    features: torch.Tensor, labels: torch.Tensor, num_labels: int, l2: float, max_iterations: int = 200
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logistic regression, multinomial or, with several labels per image, binary.
+
+    Minimises cross-entropy + l2 / 2 ||W||^2 by L-BFGS on standardised features, then folds the standardisation in.
+    (scikit-learn's LogisticRegression takes class ids only, stops by another rule and would move the demo's table.)
+
+    Args:
+        features: (num_images, num_features).
+        labels: class ids (num_images,), or 0/1 floats (num_images, num_labels).
+        l2: penalty, in units of the mean loss.
+
+    Returns:
+        Weight (num_labels, num_features) and bias (num_labels,) for the features as they are, float32.
+
+    Raises:
+        ValueError: where a single-label problem has fewer than two classes among its labels.
+    """
+    if labels.ndim == 1 and labels.unique().numel() < 2:
+        raise ValueError("a classifier can only be fitted to at least two classes; the labels hold one.")
+    features = features.double()
+    mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
+    inputs = (features - mean) / std
+    weight = torch.zeros(num_labels, inputs.shape[1], dtype=torch.double, device=inputs.device, requires_grad=True)
+    bias = torch.zeros(num_labels, dtype=torch.double, device=inputs.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+    cross_entropy = F.cross_entropy if labels.ndim == 1 else F.binary_cross_entropy_with_logits
+    targets = labels if labels.ndim == 1 else labels.double()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(inputs @ weight.T + bias, targets) + l2 / 2 * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    weight = weight.detach() / std
+    return weight.float(), (bias.detach() - weight @ mean).float()

@@ -10,31 +10,24 @@ bad_images.txt  what did not decode, if anything
 """
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import yaml
 from castream.artifacts.files import remove_partial, write_file
 from filelock import FileLock, Timeout
 
-from .arguments import TrainingArguments
-
 # Settings that may differ between a run and its continuation: they change neither the model nor its evaluation.
-FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "strip_steps", "tracker", "output_dir")
-FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction", "cpu_threads")
+FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "saliency_steps", "tracker", "output_dir")
+FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction")
 LOCK_SECONDS = 20  # a run that was told to stop may still be saving
-
-
-def _plain(value):
-    """A setting as YAML gives it back."""
-    return list(value) if isinstance(value, tuple) else value
 
 
 class RunFolder:
     """The folder of a run, claimed by the main process for as long as it lives.
 
     Args:
-        args: the run's settings.
+        path: of the folder.
+        settings: of the run, by name, as YAML gives them back.
         is_main: whether this process writes.
 
     Raises:
@@ -42,18 +35,18 @@ class RunFolder:
         OSError: where it cannot be written.
     """
 
-    def __init__(self, args: TrainingArguments, is_main: bool = True):
-        self.path = Path(args.output_dir)
+    def __init__(self, path: str, settings: dict, is_main: bool = True):
+        self.path = Path(path)
         self.checkpoints, self.logs = self.path / "checkpoints", self.path / "logs"
         self.initial, self.model = self.path / "initial", self.path / "model"
         self.evaluation, self.features = self.path / "evaluation", self.path / "features"
         self.bad_images = self.path / "bad_images.txt"
         self._settings = self.path / "settings.yaml"
         if is_main:
-            self._claim(args)
+            self._claim(settings)
 
-    def _claim(self, args: TrainingArguments) -> None:
-        self._check(args)
+    def _claim(self, settings: dict) -> None:
+        self._check(settings)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = FileLock(self.path / ".lock", timeout=LOCK_SECONDS)
@@ -62,11 +55,11 @@ class RunFolder:
             raise ValueError(f"output_dir={self.path} is in use by another running training.") from None
         except OSError as error:
             raise OSError(f"cannot write output_dir={self.path}: {error.strerror}; choose another one.") from error
-        self._check(args)
+        self._check(settings)
         remove_partial(self.path)
-        write_file(self._settings, yaml.safe_dump(asdict(args), sort_keys=False).encode())
+        write_file(self._settings, yaml.safe_dump(settings, sort_keys=False).encode())
 
-    def _check(self, args: TrainingArguments) -> None:
+    def _check(self, settings: dict) -> None:
         """Refuse a folder that is not this run's."""
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"output_dir={self.path} is a file: choose another one.")
@@ -82,9 +75,9 @@ class RunFolder:
             there = dict(yaml.safe_load(self._settings.read_text()))
         except (OSError, yaml.YAMLError, TypeError, ValueError):
             raise ValueError(f"{self._settings} cannot be read: choose another output_dir.") from None
-        for name, value in asdict(args).items():
+        for name, value in settings.items():
             found = there.get(name, "absent")
-            if name not in FREE and found != _plain(value):
+            if name not in FREE and found != value:
                 raise ValueError(
                     f"output_dir={self.path} holds another run ({name} is {found!r} there, {value!r} here): choose "
                     "another output_dir, or delete that one."

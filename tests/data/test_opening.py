@@ -7,7 +7,7 @@ import tarfile
 import pytest
 from castream.data.opening import open_split
 from castream.training.arguments import TrainingArguments
-from castream.training.heldout import HeldOut
+from castream.training.evaluation import HeldOut
 
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 

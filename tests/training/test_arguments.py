@@ -18,7 +18,7 @@ def test_recipe_and_command_line(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rate: 1e-4\nepochs: 3\nstream_layers: [stage1, stage2]\nmax_steps: null\n")
     args = parse_arguments(["--config", str(recipe), "--epochs", "7", "--freeze_output_projection", "no"])
-    assert (args.learning_rate, args.epochs, args.stream_layers) == (1e-4, 7, ("stage1", "stage2"))
+    assert (args.learning_rate, args.epochs, args.stream_layers) == (1e-4, 7, ["stage1", "stage2"])
     assert args.freeze_output_projection is False and args.max_steps is None
 
 
@@ -26,7 +26,7 @@ def test_none_is_a_value_where_it_is_a_choice():
     args = parse_arguments(["--tracker", "none", "--augmentation", "none", "--num_workers", "none"])
     assert (args.tracker, args.augmentation, args.num_workers) == ("none", "none", None)
     args = parse_arguments(["--stream_layers", "none", "--evaluation_controls", "none"])
-    assert (args.stream_layers, args.evaluation_controls) == (None, ())
+    assert (args.stream_layers, args.evaluation_controls) == (None, [])
 
 
 def test_unknown_options_suggest_the_closest(tmp_path):
@@ -40,19 +40,19 @@ def test_unknown_options_suggest_the_closest(tmp_path):
     ("words", "said"),
     [
         (["--config", "nowhere.yaml"], "cannot be read: No such file"),
-        (["--epochs", "many"], "epochs must be a whole number, got 'many'"),
-        (["--epochs", "1.5"], "epochs must be a whole number"),
+        (["--epochs", "many"], "--epochs: invalid int value: 'many'"),
+        (["--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--learning_rate", "nan"], "learning_rate must be positive"),
         (["--learning_rate", "inf"], "learning_rate must be positive"),
         (["--warmup", "1"], "warmup must be in [0, 1)"),
-        (["--objective", "magic"], "objective must be one of cross_entropy, distill, masked_distill, got 'magic'"),
-        (["--cache_features", "perhaps"], "cache_features must be true or false"),
+        (["--objective", "magic"], "--objective: invalid choice: 'magic' (choose from"),
+        (["--cache_features", "perhaps"], "Truthy value expected: got perhaps"),
         (["--freeze_backbone", "false"], "cache_features=true needs freeze_backbone=true"),
         (["--views", "none"], "cache_features=true needs a number of views"),
         (["--mixup", "0.2"], "cannot be combined with mixup"),
         (["--objective", "distill", "--label_smoothing", "0.1"], "need objective=cross_entropy"),
-        (["--objective", "distill", "--freeze_classifier", "false"], "its teacher must not move"),
+        (["--objective", "distill", "--freeze_classifier", "false"], "its teacher must not change"),
         (["--pooling", "gap"], "trains nothing"),
         (["--push_to_hub", "true"], "needs hub_model_id"),
         (["7"], "unexpected argument '7'"),
@@ -62,11 +62,33 @@ def test_bad_input_is_one_line(words, said):
     assert said in refused(words)
 
 
-@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", "just words"])
+@pytest.mark.parametrize(
+    "text", ["- a\n- b\n", "a: [", "just words", "epochs: 2\nseed: 1\nepochs: 3\n", "epochs: {a: 1}"]
+)
 def test_unreadable_recipes(tmp_path, text):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(text)
     assert str(recipe) in refused(["--config", str(recipe)])
+
+
+def test_a_recipe_of_the_package_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("photos_distill", "recipes/photos_distill.yaml"):
+        assert parse_arguments(["--config", name]).objective == "masked_distill"
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 1\nepochs: 2\nseed: 3\n")
+    assert "seed stands there twice" in refused(["--config", str(recipe)]) and "line 1" in refused(
+        ["--config", str(recipe)]
+    )
+
+
+def test_home_is_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    args = parse_arguments(["--output_dir=~/run", "--dataset_name", "~/photos"])
+    assert (args.output_dir, args.dataset_name) == ("/home/someone/run", "/home/someone/photos")
 
 
 def test_the_demo_is_its_recipe():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from castream.artifacts.files import PARTIAL
-from castream.training.checkpoints import _checkpoints, _read
+from castream.training.checkpoint import list_checkpoints, read_checkpoint
 from safetensors.torch import load_file
 
 from tests.training.commands import kill_all, start, torchrun
@@ -64,7 +64,7 @@ def kill_at(moment: Moment, delay: float, folder: Path, launch: Callable[[], sub
 
 def steps_kept(folder: Path) -> list[int]:
     """Steps of the checkpoints in a run's folder, which must all be intact."""
-    return [_read(path)["step"] for path in _checkpoints(folder / "checkpoints")]
+    return [read_checkpoint(path)["step"] for path in list_checkpoints(folder / "checkpoints")]
 
 
 def images_shown(log: str) -> int:

@@ -1,8 +1,6 @@
 import pytest
 import torch
-from castream.training.arguments import TrainingArguments
-from castream.training.ema import Ema
-from castream.training.mixing import Mixer
+from castream.training.objective import Mixer
 
 
 @pytest.fixture
@@ -11,8 +9,8 @@ def batch():
     return {"images": images.contiguous(), "labels": torch.tensor([0, 1, 2, 1]), "keys": list("abcd")}
 
 
-def mixer(rank=0, **settings):
-    return Mixer(TrainingArguments(**{"cache_features": False} | settings), 3, rank)
+def mixer(mixup=0.0, cutmix=0.0, rank=0):
+    return Mixer(mixup, cutmix, 3, seed=0, rank=rank)
 
 
 def test_nothing_is_mixed_unasked(batch):
@@ -43,17 +41,3 @@ def test_mixing_repeats_by_step_and_differs_by_process_and_step(batch):
     assert torch.equal(first["labels"], mixer(mixup=0.5)(batch, 3, 0)["labels"])
     others = [mixer(mixup=0.5)(batch, 4, 0), mixer(mixup=0.5)(batch, 3, 1), mixer(rank=1, mixup=0.5)(batch, 3, 0)]
     assert all(not torch.equal(first["labels"], other["labels"]) for other in others)
-
-
-def test_the_average_of_weights_by_hand():
-    weight = torch.nn.Parameter(torch.tensor([1.0]))
-    ema = Ema({"weight": weight}, decay=0.5)
-    expected = 1.0
-    for step, value in enumerate((4.0, -2.0, 7.0), start=1):
-        weight.data.fill_(value)
-        ema.update(step)
-        decay = min(0.5, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * value
-    assert ema.averages["weight"].item() == pytest.approx(expected)
-    ema.apply()
-    assert weight.item() == pytest.approx(expected)

@@ -4,17 +4,19 @@
     distill         KL(GAP(x) || CA(x))                                                needs none
     masked_distill  KL(GAP(x) || CA(x)) + CE(CA(x * r), argmax GAP(x))                 needs none
 
-GAP(x) are the logits of the same network under global average pooling, r a random soft mask. With several labels an
-image, BCE takes the place of CE, the teacher's probabilities that of its argmax, and the binary KL that of KL.
+GAP(x) are the logits of the same network under global average pooling, r a random soft mask. Where the logits are
+sigmoids' (several labels per image, or a single logit), BCE takes the place of CE, the teacher's probabilities that of
+its argmax, and the binary KL that of KL. A regression has the squared error to the teacher in the place of them all.
 """
+
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms import v2 as transforms
 
-from .arguments import TrainingArguments
-
-WATCHED_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
+ENTROPY_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
 
 Features = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
 
@@ -24,22 +26,44 @@ class Objective(nn.Module):
 
     Args:
         model: a CAStreamForImageClassification.
-        args: `objective`, `pooling`, `label_smoothing`.
         mean, std: of the pixels in [0, 1], per channel, as the image processor normalises.
+        loss: `"cross_entropy"`, `"distill"` or `"masked_distill"`.
+        pooling: that is trained, `"ca"` or `"gap"`.
+        label_smoothing: of `cross_entropy`.
+
+    Raises:
+        ValueError: on cross-entropy for a regression.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments, mean: list[float], std: list[float]):
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: list[float],
+        std: list[float],
+        loss: str = "cross_entropy",
+        pooling: str = "ca",
+        label_smoothing: float = 0.0,
+    ):
         super().__init__()
-        self.model = model
-        self.objective, self.pooling, self.label_smoothing = args.objective, args.pooling, args.label_smoothing
-        self.multi_label = model.config.problem_type == "multi_label_classification"
+        self.model, self.loss, self.pooling, self.label_smoothing = model, loss, pooling, label_smoothing
+        self.regression = model.config.problem_type == "regression"
+        self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+        if self.regression and loss == "cross_entropy":
+            raise ValueError("objective=cross_entropy needs classes, and the model is a regression: use distill.")
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @property
     def uses_masks(self) -> bool:
         """Whether the loss needs the features of a masked view, too."""
-        return self.objective == "masked_distill"
+        return self.loss == "masked_distill"
+
+    @property
+    def uniform_loss(self) -> float:
+        """Per image, at most that of uniform probabilities; infinite for a regression, which has no such bound."""
+        if self.regression:
+            return math.inf
+        return math.log(2 if self.sigmoid else self.model.config.num_labels) * (2 if self.uses_masks else 1)
 
     def normalize(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """Images as the network takes them: masked, normalised, channels last, which convolutions prefer.
@@ -83,21 +107,21 @@ class Objective(nn.Module):
         return features
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
-        """Loss of a batch, summed over its images, and what to watch.
+        """Loss of a batch, summed over its images, and what to log.
 
         Args:
             batch: what `extract` takes, or its result as `features`; `labels`: ids (batch_size,), or probabilities
                 (batch_size, num_labels), for `cross_entropy`, and for the accuracy.
 
         Returns:
-            `loss`, `correct` (top-1 hits, 0 without labels) as sums over the batch; `entropy` (num_blocks,): that of
-            the attention relative to the uniform one, in [0, 1] an image, summed over the batch as if all images had
-            the mean of the first WATCHED_IMAGES.
+            `loss`, and with labels `accuracy` (top-1 hits), as sums over the batch; `entropy` (num_blocks,): of the
+            attention, relative to the uniform one, in [0, 1] per image, summed over the batch as if all images had
+            the mean of the first ENTROPY_IMAGES.
         """
         features = batch["features"] if "features" in batch else self.extract(batch)
         logits, attention_maps = self._logits(features["view"], self.pooling)
         labels = batch.get("labels")
-        if self.objective == "cross_entropy":
+        if self.loss == "cross_entropy":
             loss = self._supervised(logits, labels)
         else:
             with torch.no_grad():
@@ -105,11 +129,10 @@ class Objective(nn.Module):
             loss = self._divergence(teacher, logits)
             if self.uses_masks:
                 masked, _ = self._logits(features["masked"], self.pooling)
-                target = teacher.sigmoid() if self.multi_label else teacher.argmax(-1)
-                loss = loss + self._supervised(masked, target)
-        watched = tuple(attention[:WATCHED_IMAGES] for attention in attention_maps)
-        entropy = attention_entropy(watched) * (len(logits) / len(watched[0]))
-        return {"loss": loss, "correct": _correct(logits, labels), "entropy": entropy}
+                loss = loss + self._confirmed(teacher, masked)
+        first = tuple(attention[:ENTROPY_IMAGES] for attention in attention_maps)
+        entropy = attention_entropy(first) * (len(logits) / len(first[0]))
+        return {"loss": loss, "entropy": entropy} | self._accuracy(logits, labels)
 
     def _logits(self, features: Features, pooling: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         feature_maps, cls_token = features
@@ -117,18 +140,52 @@ class Objective(nn.Module):
         return self.model.classify(pooled, cls_token).float(), attention_maps
 
     def _supervised(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        if self.multi_label:
-            return F.binary_cross_entropy_with_logits(logits, target.float(), reduction="none").mean(-1).sum()
+        if self.sigmoid:
+            return _binary_cross_entropy(logits, self._probabilities(target))
         return F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
 
     def _divergence(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        if not self.multi_label:
+        """Of the student's logits from the teacher's."""
+        if self.regression:
+            return F.mse_loss(student, teacher, reduction="none").mean(-1).sum()
+        if not self.sigmoid:
             return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
         both = [
             F.kl_div(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher), reduction="none", log_target=True)
             for sign in (1, -1)
         ]
         return sum(both).mean(-1).sum()
+
+    def _confirmed(self, teacher: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Loss of the masked view's logits against what the teacher says of the whole one."""
+        if self.regression:
+            return self._divergence(teacher, masked)
+        return self._supervised(masked, teacher.sigmoid() if self.sigmoid else teacher.argmax(-1))
+
+    def _probabilities(self, target: torch.Tensor) -> torch.Tensor:
+        """Of each sigmoid, (batch_size, num_labels); class ids become one-hot, those of a single logit stay 0 or 1."""
+        if target.ndim == 1:
+            num_labels = self.model.config.num_labels
+            target = target[:, None] if num_labels == 1 else F.one_hot(target, num_labels)
+        return target.float()
+
+    def _accuracy(self, logits: torch.Tensor, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Number of images whose most probable class is a label; a mixed image counts as its stronger one."""
+        if labels is None:
+            return {}
+        if logits.shape[-1] == 1:
+            hits = (logits[:, 0] > 0) == (labels.flatten() > 0.5)
+        elif labels.ndim == 1:
+            hits = logits.argmax(-1) == labels
+        else:
+            strongest = labels.amax(-1, keepdim=True)
+            hits = labels.gather(1, logits.argmax(-1, keepdim=True)) >= strongest.clamp(min=1e-6)
+        return {"accuracy": hits.sum().float()}
+
+
+def _binary_cross_entropy(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """Mean over labels, summed over images."""
+    return F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none").mean(-1).sum()
 
 
 def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
@@ -163,12 +220,30 @@ def attention_entropy(attention_maps: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.stack(entropies)
 
 
-def _correct(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """Number of images whose most probable class is a label; a mixed image counts as its stronger one."""
-    if labels is None:
-        return logits.new_zeros(())
-    predicted = logits.argmax(-1)
-    if labels.ndim == 1:
-        return (predicted == labels).sum().float()
-    strongest = labels.amax(-1, keepdim=True)
-    return (labels.gather(1, predicted[:, None]) >= strongest.clamp(min=1e-6)).sum().float()
+class Mixer:
+    """Mixes the images and labels of a batch with those of partners, by mixup or cutmix, or one of them at random.
+
+    Args:
+        mixup, cutmix: their alphas; 0: not that one.
+        num_labels: classes.
+        seed, rank: of the run and of this process; each process mixes in its own way.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_labels: int, seed: int, rank: int):
+        kinds = ((transforms.MixUp, mixup), (transforms.CutMix, cutmix))
+        self.transforms = [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds if alpha]
+        self.seed, self.rank = seed, rank
+
+    def __call__(self, batch: dict, step: int, part: int) -> dict:
+        """Mix a batch with uint8 `images`; `labels` become probabilities (batch_size, num_labels).
+
+        Args:
+            step, part: the optimiser step and the batch's place in it, which seed the mixing.
+        """
+        if not self.transforms:
+            return batch
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, self.rank, step, part)) % 2**63)
+            transform = self.transforms[int(torch.randint(len(self.transforms), ()))]
+            images, labels = transform(batch["images"].float() / 255, batch["labels"])
+        return batch | {"images": (images * 255).round().to(torch.uint8), "labels": labels}

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from castream.training.average_precision import mean_average_precision
+from castream.training.evaluation import mean_average_precision
 
 
 def test_by_hand():

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from castream.training.arguments import TrainingArguments
-from castream.training.objectives import Objective, attention_entropy, random_masks
+from castream.training.objective import Objective, attention_entropy, random_masks
 
 
-def make(tiny_model, labels_kind="single", **settings) -> Objective:
+def make(tiny_model, labels_kind="single", objective="cross_entropy", **settings) -> Objective:
     from modeling_castream import CAStreamForImageClassification
 
     model = CAStreamForImageClassification.from_pretrained(tiny_model).double()
@@ -19,8 +18,7 @@ def make(tiny_model, labels_kind="single", **settings) -> Objective:
     model.train()
     if labels_kind == "multi":
         model.config.problem_type = "multi_label_classification"
-    args = TrainingArguments(**{"cache_features": False, "freeze_classifier": True} | settings)
-    return Objective(model, args, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]).double()
+    return Objective(model, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], objective, **settings).double()
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def test_cross_entropy_with_label_smoothing(tiny_model, batch):
     result = objective(batch | {"features": features})
     assert result["loss"].item() == pytest.approx(expected, rel=1e-5)
     hits = sum(row.index(max(row)) == label for row, label in zip(logits, batch["labels"].tolist(), strict=True))
-    assert result["correct"].item() == hits
+    assert result["accuracy"].item() == hits
 
 
 def test_distill_and_masked_distill(tiny_model, batch):
@@ -82,7 +80,7 @@ def test_distill_and_masked_distill(tiny_model, batch):
     assert objective(unlabelled)["loss"].item() == pytest.approx(divergence + supervised, rel=1e-4)
 
 
-def test_several_labels_an_image(tiny_model, batch):
+def test_several_labels_per_image(tiny_model, batch):
     labels = torch.tensor([[1, 0, 1], [0, 0, 0], [1, 1, 1], [0, 1, 0], [0, 0, 1]]).float()
     objective = make(tiny_model, "multi", objective="masked_distill")
     features = features_of(objective, batch)
@@ -123,7 +121,7 @@ def test_summed_loss_of_a_batch_is_that_of_its_images(tiny_model, batch):
     objective = make(tiny_model, objective="masked_distill").float()
     whole = objective(batch)
     alone = [objective({name: value[i : i + 1] for name, value in batch.items()}) for i in range(5)]
-    for name in ("loss", "correct", "entropy"):
+    for name in ("loss", "accuracy", "entropy"):
         torch.testing.assert_close(sum(one[name] for one in alone), whole[name], rtol=1e-4, atol=1e-5)
 
 

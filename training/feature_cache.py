@@ -6,38 +6,27 @@ repeat in turns. Values are float16: 11 bits of mantissa, against 8 of the bfloa
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from castream.artifacts.files import read_json, write_file, write_json
 from castream.data.loader import StreamLoader
 from safetensors import safe_open
 from safetensors.torch import save as save_tensors
+from tqdm import tqdm
 
-from .objectives import Features, Objective
-from .steps import to_device
+from .logging import BadImages
+from .loop import InterruptedRun, Interruption, to_device
+from .objective import Features, Objective
 
 IMAGES_PER_FILE = 512
 _KEY = "key.json"
 _FEATURES = ("view", "masked")
 Row = tuple[tuple[int, ...], object, int, str]  # sort key, open file, row in it, key of the sample
-
-
-def prepare_cache(folder: Path, key: dict) -> None:
-    """Make an empty folder for features, unless it holds those of the same key. For one process to call.
-
-    Args:
-        key: what the features and their distribution over files depend on.
-    """
-    path = folder / _KEY
-    if path.is_file() and read_json(path) == key:
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    write_json(path, key)
 
 
 @dataclass
@@ -69,59 +58,6 @@ def _metadata(path: Path) -> dict:
         return json.loads(file.metadata()["run"])
 
 
-def build_cache(
-    folder: Path,
-    objective: Objective,
-    loader: StreamLoader,
-    *,
-    views: int,
-    rank: int,
-    limit_bytes: float,
-    num_rows: int,
-    on_batch: Callable[[int], None],
-) -> None:
-    """Write the features of all views that this process reads. Goes on where a killed call stopped.
-
-    Args:
-        folder: which `prepare_cache` made.
-        limit_bytes: size that all processes' features may take together.
-        num_rows: rows of the split, to tell before the work whether they fit.
-        on_batch: called with the number of images after each batch.
-
-    Raises:
-        ValueError: where the features would be larger than allowed, or do not fit float16.
-        OSError: where they cannot be written.
-    """
-    for view in range(views):
-        prefix = f"view-{view:03d}-rank-{rank:05d}"
-        files = sorted(folder.glob(f"{prefix}-*.safetensors"))
-        state = _metadata(files[-1])["state"] if files else None
-        on_batch(sum(len(_metadata(path)["keys"]) for path in files))
-        if state == "done":
-            continue
-        shard = _Shard(folder, prefix, len(files))
-        for batch, after in loader.epoch(view, state):
-            with torch.no_grad():
-                tensors = _pack(objective.extract(to_device(batch, objective.mean.device)), batch)
-            _check_size(tensors, len(batch["keys"]), num_rows * views, limit_bytes)
-            shard.add(tensors, batch["keys"])
-            on_batch(len(batch["keys"]))
-            if len(shard.keys) >= IMAGES_PER_FILE:
-                shard.write(after, loader.bad)
-                loader.bad = []
-        shard.write("done", loader.bad)
-        loader.bad = []
-
-
-def _check_size(tensors: dict[str, torch.Tensor], images: int, all_images: int, limit_bytes: float) -> None:
-    size = sum(tensor.nbytes for tensor in tensors.values()) / images * all_images
-    if size > limit_bytes:
-        raise ValueError(
-            f"cache_features needs about {size / 2**30:.1f} GiB, more than cache_limit_gib={limit_bytes / 2**30:g}: "
-            "raise that, name fewer stream_layers or views, or set cache_features=false."
-        )
-
-
 def _pack(features: dict[str, Features], batch: dict) -> dict[str, torch.Tensor]:
     """Flat tensors of a batch: `view.0`, ..., `view.cls`, `masked.0`, ..., `labels`."""
     tensors = {}
@@ -141,7 +77,7 @@ class CachedLoader:
     images whatever the number of processes.
 
     Args:
-        folder: which `build_cache` filled, on all processes.
+        folder: of a FeatureCache that all processes have built.
         views: number of views; epoch e reads view e modulo it.
         rank, world_size: of this process.
         batch_size: images per process.
@@ -192,3 +128,102 @@ class CachedLoader:
                 cls_token = tensors.get(f"{kind}.cls")
                 batch["features"][kind] = (maps, None if cls_token is None else cls_token.float())
         return batch | ({"labels": tensors["labels"]} if "labels" in tensors else {})
+
+
+class FeatureCache:
+    """The folder of cached features, which all processes share.
+
+    Args:
+        folder: of the files.
+        views: number of views.
+        num_rows: rows of the split, to tell before the work whether its features fit.
+        limit_bytes: size that all features may take together.
+    """
+
+    def __init__(self, folder: Path, views: int, num_rows: int, limit_bytes: float):
+        self.folder, self.views, self.num_rows, self.limit_bytes = folder, views, num_rows, limit_bytes
+
+    def prepare(self, accelerator: Accelerator, key: dict) -> None:
+        """Empty the folder, unless it holds features of the same key.
+
+        Args:
+            key: what the features and their distribution over files depend on.
+        """
+        path = self.folder / _KEY
+        if accelerator.is_main_process and not (path.is_file() and read_json(path) == key):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(parents=True)
+            write_json(path, key)
+        accelerator.wait_for_everyone()
+
+    def build(
+        self,
+        accelerator: Accelerator,
+        objective: Objective,
+        loader: StreamLoader,
+        interruption: Interruption,
+        bad_images: BadImages,
+    ) -> None:
+        """Write the features of all views that this process reads. Goes on where a killed call stopped.
+
+        Raises:
+            ValueError: where they would be too large, do not fit float16, or too many images are unreadable.
+            OSError: where they cannot be written.
+            InterruptedRun: when told to stop; what is written is kept.
+        """
+        hidden, images = not accelerator.is_main_process, self.num_rows * self.views
+        with tqdm(total=images, unit="img", desc="caching features", disable=hidden) as bar:
+            for view in range(self.views):
+                for count in self._write_view(view, accelerator, objective, loader):
+                    bar.update(count * accelerator.num_processes)
+                    bad_images.check(len(set(loader.bad)), loader.rows)
+                    if interruption.requested:
+                        raise InterruptedRun("stopped while caching features: the same command goes on from there")
+        accelerator.wait_for_everyone()
+
+    def _write_view(
+        self, view: int, accelerator: Accelerator, objective: Objective, loader: StreamLoader
+    ) -> Iterator[int]:
+        """Yields the number of images after each batch, and of those that are there already."""
+        prefix = f"view-{view:03d}-rank-{accelerator.process_index:05d}"
+        files = sorted(self.folder.glob(f"{prefix}-*.safetensors"))
+        state = _metadata(files[-1])["state"] if files else None
+        yield sum(len(_metadata(path)["keys"]) for path in files)
+        if state == "done":
+            return
+        shard, written = _Shard(self.folder, prefix, len(files)), len(loader.bad)
+        for batch, after in loader.epoch(view, state):
+            with torch.no_grad(), accelerator.autocast():
+                features = objective.extract(to_device(batch, accelerator.device))
+            tensors = _pack(features, batch)
+            self._check_size(tensors, len(batch["keys"]))
+            shard.add(tensors, batch["keys"])
+            yield len(batch["keys"])
+            if len(shard.keys) >= IMAGES_PER_FILE:
+                shard.write(after, loader.bad[written:])
+                written = len(loader.bad)
+        shard.write("done", loader.bad[written:])
+
+    def _check_size(self, tensors: dict[str, torch.Tensor], images: int) -> None:
+        size = sum(tensor.nbytes for tensor in tensors.values()) / images * self.num_rows * self.views
+        if size > self.limit_bytes:
+            raise ValueError(
+                f"cache_features needs about {size / 2**30:.1f} GiB, more than cache_limit_gib="
+                f"{self.limit_bytes / 2**30:g}: raise that, name fewer stream_layers or views, or set "
+                "cache_features=false."
+            )
+
+    def open(self, accelerator: Accelerator, batch_size: int, seed: int, bad_images: BadImages) -> CachedLoader:
+        """Batches of the features of all processes, which have built them.
+
+        Raises:
+            ValueError: where too many images are unreadable.
+        """
+        world, rank = accelerator.num_processes, accelerator.process_index
+        loader = CachedLoader(self.folder, self.views, rank, world, batch_size, seed)
+        if accelerator.is_main_process:
+            bad_images.note(loader.unreadable)
+        bad_images.check(len(loader.unreadable), len(loader) + len(loader.unreadable), final=True)
+        if not len(loader):
+            raise ValueError("not one image of the training split could be decoded: see bad_images.txt.")
+        return loader

@@ -1,28 +1,45 @@
 """Cached features are the backbone's, whoever wrote them, and an interrupted cache goes on."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
-from castream.training.features import CachedLoader, build_cache, prepare_cache
-from tests.data.test_loader import make_loader
+from castream.training.feature_cache import CachedLoader, FeatureCache
+from castream.training.loop import InterruptedRun
 
-from tests.training.test_objectives import make
+from tests.data.test_loader import make_loader
+from tests.training.test_objective import make
 from tests.training.tiny_data import write_shards
 
 
-def build(folder, objective, data, world=1, views=1, stop_after=None, key="a", limit=1e9):
-    prepare_cache(folder, {"key": key})
+def build(folder, objective, data, world=1, views=1, stop_after=None, key="a", limit=1e9, bf16=False):
+    cache = FeatureCache(folder, views, 32, limit)
     for rank in range(world):
-        seen = 0
+        accelerator = SimpleNamespace(
+            num_processes=world,
+            process_index=rank,
+            is_main_process=rank == 0,
+            autocast=partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16),
+            device=torch.device("cpu"),
+            wait_for_everyone=lambda: None,
+        )
+        cache.prepare(accelerator, {"key": key})
+        interruption = Countdown(stop_after)
+        bad_images = SimpleNamespace(check=interruption.count)
+        cache.build(
+            accelerator, objective, make_loader(data, world=world, rank=rank, views=views), interruption, bad_images
+        )
 
-        def on_batch(images):
-            nonlocal seen
-            seen += images
-            if stop_after is not None and seen > stop_after:
-                raise KeyboardInterrupt
 
-        loader = make_loader(data, world=world, rank=rank, views=views)
-        options = {"views": views, "rank": rank, "limit_bytes": limit, "num_rows": 32}
-        build_cache(folder, objective, loader, **options, on_batch=on_batch)
+class Countdown:
+    """An interruption that comes once more than some rows have been read."""
+
+    def __init__(self, stop_after):
+        self.stop_after, self.requested = stop_after, False
+
+    def count(self, bad, rows):
+        self.requested = self.stop_after is not None and rows > self.stop_after
 
 
 @pytest.fixture
@@ -56,10 +73,10 @@ def test_the_order_does_not_depend_on_the_number_of_processes(tmp_path, tiny_dat
 
 
 def test_an_interrupted_cache_goes_on(tmp_path, tiny_dataset, objective, monkeypatch):
-    monkeypatch.setattr("castream.training.features.IMAGES_PER_FILE", 8)
+    monkeypatch.setattr("castream.training.feature_cache.IMAGES_PER_FILE", 8)
     build(tmp_path / "whole", objective, tiny_dataset)
     for stop in (5, 20):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(InterruptedRun):
             build(tmp_path / "cut", objective, tiny_dataset, stop_after=stop)
     build(tmp_path / "cut", objective, tiny_dataset)
     whole, cut = (
@@ -89,8 +106,19 @@ def test_the_size_is_refused_before_the_work(tmp_path, tiny_dataset, objective):
 
 
 def test_broken_images_are_remembered(tmp_path, objective, monkeypatch):
-    monkeypatch.setattr("castream.training.features.IMAGES_PER_FILE", 4)
+    monkeypatch.setattr("castream.training.feature_cache.IMAGES_PER_FILE", 4)
     write_shards(tmp_path / "data", "train", [10, 10], broken=(3, 14))
     build(tmp_path / "cache", objective, tmp_path / "data")
     cached = CachedLoader(tmp_path / "cache", 1, 0, 1, 4, seed=0)
     assert sorted(cached.unreadable) == ["0:3", "1:4"] and len(cached) == 18
+
+
+def test_features_of_a_bf16_forward_pass(tmp_path, tiny_dataset, objective):
+    build(tmp_path / "half", objective, tiny_dataset, bf16=True)
+    build(tmp_path / "whole", objective, tiny_dataset)
+    half, whole = (
+        next(CachedLoader(tmp_path / name, 1, 0, 1, 32, seed=0).epoch(0))[0]["features"]["view"][0]
+        for name in ("half", "whole")
+    )
+    for found, expected in zip(half, whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)

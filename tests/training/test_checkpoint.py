@@ -12,7 +12,7 @@ import pytest
 import torch
 from castream.artifacts import files as storage
 from castream.artifacts.files import new_folder, remove_partial, write_file
-from castream.training.checkpoints import load_checkpoint, random_state, restore_random_state, save_checkpoint
+from castream.training.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 
 
 def save(folder, step, keep=2):
@@ -56,7 +56,7 @@ def test_half_a_deletion_leaves_no_damaged_checkpoint(tmp_path, monkeypatch):
         if path.exists():
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("castream.training.checkpoints.shutil.rmtree", killed)
+    monkeypatch.setattr("castream.training.checkpoint.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 2, keep=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001.partial", "step-00000002"]
@@ -117,7 +117,7 @@ def test_kill_9_while_saving_never_leaves_half_a_checkpoint(tmp_path):
     code = f"""
     import itertools, torch
     from pathlib import Path
-    from castream.training.checkpoints import save_checkpoint
+    from castream.training.checkpoint import save_checkpoint
     for step in itertools.count(1):
         tensors = {{"weight": torch.full((300_000,), float(step))}}
         save_checkpoint(Path({str(tmp_path)!r}), step, tensors, {{}}, {{"at": step}}, [{{}}], keep=2)

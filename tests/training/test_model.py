@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from castream.training.probe import fit_linear_classifier
+from castream.training.model import fit_linear_classifier
 
 
 def make(count=60, width=5, classes=3):
@@ -38,7 +38,7 @@ def test_separable_features_are_separated():
     assert ((features @ weight.T + bias).argmax(1) == labels).all()
 
 
-def test_several_labels_an_image():
+def test_several_labels_per_image():
     features, labels = make(classes=2)
     targets = torch.nn.functional.one_hot(labels, 2).float()
     weight, bias = fit_linear_classifier(features, targets, 2, l2=0.01)

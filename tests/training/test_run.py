@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import subprocess
@@ -15,16 +14,17 @@ import pytest
 import torch
 from castream.publishing import PublishError
 from castream.training.arguments import TrainingArguments
-from castream.training.interruption import EXIT_INTERRUPTED, InterruptedRun, Interruption
+from castream.training.logging import MetricLogger
+from castream.training.loop import InterruptedRun, Interruption
+from castream.training.run import EXIT_INTERRUPTED, main
 from castream.training.run_folder import RunFolder
-from castream.training.watching import Watch
 from filelock import FileLock
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from tests.data.test_opening import write_tar
-from tests.training.commands import ROOT, kill_all, start, torchrun
+from tests.training.commands import kill_all, start, torchrun
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -37,21 +37,20 @@ class Killed(BaseException):
 @pytest.fixture
 def run(fresh_process_state, monkeypatch):
     """Runs train.py's main; returns (loss, learning rate) of every optimiser step. `killed_at` ends it like a kill."""
-    main = runpy.run_path(str(ROOT / "train.py"))["main"]
-    original, locks = Watch.step, []
+    original, locks = MetricLogger.log, []
     acquire = FileLock.acquire
     monkeypatch.setattr(FileLock, "acquire", lambda lock, *args, **kw: locks.append(lock) or acquire(lock, *args, **kw))
 
     def run(options: dict, killed_at: int | None = None) -> list[tuple[float, float]]:
         trace = []
 
-        def step(self, progress, sums, images, rate):
+        def log(self, progress, sums, images, rate):
             trace.append((sums["loss"].item() / images, rate))
             if progress.step == killed_at:
                 raise Killed
             original(self, progress, sums, images, rate)
 
-        monkeypatch.setattr(Watch, "step", step)
+        monkeypatch.setattr(MetricLogger, "log", log)
         fresh_process_state()
         try:
             with contextlib.suppress(Killed):
@@ -61,7 +60,6 @@ def run(fresh_process_state, monkeypatch):
                 lock.release(force=True)
         return trace
 
-    run.main = main
     return run
 
 
@@ -121,7 +119,7 @@ def test_a_complete_run_is_left_as_it_is(run, options):
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path):
-    folder = RunFolder(TrainingArguments(output_dir=str(tmp_path / "elsewhere")), is_main=False)
+    folder = RunFolder(str(tmp_path / "elsewhere"), {}, is_main=False)
     with pytest.raises(ValueError, match="not the same folder on all nodes"):
         folder.check_shared()
 
@@ -152,7 +150,7 @@ def test_too_many_broken_images_stop_the_run(run, options, tmp_path):
 
 
 def test_a_loss_that_is_no_number_stops_with_the_culprits(run, options, monkeypatch):
-    from castream.training.objectives import Objective
+    from castream.training.objective import Objective
 
     original = Objective.forward
 
@@ -177,8 +175,8 @@ def test_a_loss_that_is_no_number_stops_with_the_culprits(run, options, monkeypa
     ],
 )
 def test_what_would_fail_in_the_end_is_refused_at_the_start(run, options, monkeypatch, changes, said):
-    monkeypatch.setattr("castream.training.preparation.get_available_trackers", list)
-    monkeypatch.setattr("castream.training.preparation.get_token", lambda: None)
+    monkeypatch.setattr("castream.training.run.get_available_trackers", list)
+    monkeypatch.setattr("castream.training.run.get_token", lambda: None)
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         run(options | changes)
     assert "\n" not in str(error.value)
@@ -242,13 +240,13 @@ def test_a_failed_push_says_where_the_model_is(run, options, monkeypatch):
     def publish(*args, **kwargs):
         raise PublishError("the Hub has a problem of its own (503).")
 
-    monkeypatch.setitem(run.main.__globals__, "publish", publish)
+    monkeypatch.setattr("castream.training.run.publish", publish)
     monkeypatch.setenv("HF_TOKEN", "anything")
     options = options | {"push_to_hub": True, "hub_model_id": "someone/tiny"}
     model = Path(options["output_dir"]) / "model"
     with pytest.raises(OSError, match=rf"not pushed: .*\(503\)\. The model is complete in {model}"):
         run(options)
-    monkeypatch.setitem(run.main.__globals__, "publish", lambda *args, **kwargs: FakePublished)
+    monkeypatch.setattr("castream.training.run.publish", lambda *args, **kwargs: FakePublished)
     assert run(options) == [] and (model / "model.safetensors").is_file()
 
 
@@ -276,10 +274,10 @@ def test_any_subset_of_depths_can_be_trained(run, options):
 
 def test_a_signal_after_the_last_step_is_not_forgotten(fresh_process_state):
     interruption = Interruption()
-    interruption.deferred = True
-    signal.raise_signal(signal.SIGTERM)
-    with pytest.raises(InterruptedRun, match="goes on from here"):
-        interruption.settle()
+    with pytest.raises(InterruptedRun, match="goes on from here"), interruption.deferred():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)  # a launcher's end may send one, too
+        assert interruption.requested
 
 
 @pytest.mark.slow
@@ -361,16 +359,16 @@ def learning_rates(options: dict) -> list[float]:
 def test_what_a_run_leaves_behind(run, options, monkeypatch, capsys):
     pushed = []
     monkeypatch.setenv("HF_TOKEN", "anything")
-    monkeypatch.setitem(run.main.__globals__, "publish", lambda *args, **kw: pushed.append((args, kw)) or FakePublished)
-    options = options | {"validation_split": "validation", "tracker": "tensorboard", "strip_steps": 4, "epochs": 4}
+    monkeypatch.setattr("castream.training.run.publish", lambda *args, **kw: pushed.append((args, kw)) or FakePublished)
+    options = options | {"validation_split": "validation", "tracker": "tensorboard", "saliency_steps": 4, "epochs": 4}
     run(options | {"push_to_hub": True, "hub_model_id": "someone/tiny", "evaluation_metrics": ["average_gain"]})
     folder = Path(options["output_dir"])
     log = read_log(options)
     layers = json.loads((folder / "model" / "training.json").read_text())["layers"]
     wanted = {"loss", "accuracy", "learning_rate", "images_per_second", "epoch"}
     assert wanted | {f"attention_entropy/{layer}" for layer in layers} <= set(log.Tags()["scalars"])
-    strips = log.Images("saliency")
-    assert len(strips) == 8 and (strips[0].height, strips[0].width) == (3 * 32, 8 * 32)
+    pictures = log.Images("saliency")
+    assert len(pictures) == 8 and (pictures[0].height, pictures[0].width) == (3 * 32, 8 * 32)
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
         "checkpoints",
         "evaluation",
@@ -390,7 +388,7 @@ class FakePublished:
     url = "https://example.com/someone/tiny"
 
 
-def test_fine_tuning_then_the_stream_on_several_labels_an_image(run, options, tmp_path):
+def test_fine_tuning_then_the_stream_on_several_labels_per_image(run, options, tmp_path):
     for split, indices in (("train", range(12)), ("val", range(12, 18))):
         folder = tmp_path / "data" / split
         folder.mkdir(parents=True)
