@@ -26,8 +26,10 @@ def new_folder(final: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        mode = partial.stat().st_mode & 0o666  # what the umask leaves a file; safetensors writes its own as 0600
         for path in sorted(partial.rglob("*")):
             if path.is_file():
+                path.chmod(mode)
                 _flush(path)
         old = final.with_name(final.name + ".old" + PARTIAL)
         shutil.rmtree(old, ignore_errors=True)

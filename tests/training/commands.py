@@ -11,17 +11,24 @@ import psutil
 ROOT = Path(__file__).parents[2]
 
 
-def start(options: dict, *launcher: str, output: IO | int = subprocess.PIPE, **environment: str) -> subprocess.Popen:
+def start(
+    options: dict,
+    *launcher: str,
+    script: Path = ROOT / "train.py",
+    output: IO | int = subprocess.PIPE,
+    **environment: str,
+) -> subprocess.Popen:
     """Start train.py in a session of its own.
 
     Args:
         options: its settings; None is written as `none`.
         launcher: words before the script; none: this Python.
+        script: in its place.
         output: where both streams go; by default a pipe for each.
     """
     words = [word for name, value in options.items() for word in (f"--{name}", "none" if value is None else str(value))]
     return subprocess.Popen(
-        [*(launcher or [sys.executable]), str(ROOT / "train.py"), *words],
+        [*(launcher or [sys.executable]), str(script), *words],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         text=True,

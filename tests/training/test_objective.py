@@ -6,10 +6,10 @@ import pytest
 import torch
 from castream.training.objective import Objective, attention_entropy, random_masks
 
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification
+
 
 def make(tiny_model, labels_kind="single", objective="cross_entropy", **settings) -> Objective:
-    from modeling_castream import CAStreamForImageClassification
-
     model = CAStreamForImageClassification.from_pretrained(tiny_model).double()
     torch.manual_seed(3)
     for parameter in model.castream.stream.parameters():
@@ -106,6 +106,59 @@ def test_several_labels_per_image(tiny_model, batch):
             expected -= y * math.log(sigmoid(s)) + (1 - y) * math.log(1 - sigmoid(s))
     result = supervised({"features": features, "labels": labels})
     assert result["loss"].item() == pytest.approx(expected / 3, rel=1e-4)
+
+
+@pytest.fixture
+def one_logit(tiny_model, tmp_path):
+    """Makes an Objective of a network with a single logit."""
+
+    def make_one(problem_type, objective):
+        config = CAStreamConfig.from_pretrained(tiny_model, id2label={0: "cat"}, label2id={"cat": 0})
+        config.problem_type = problem_type
+        torch.manual_seed(0)
+        CAStreamForImageClassification(config).save_pretrained(tmp_path / "one")
+        return make(tmp_path / "one", objective=objective)
+
+    return make_one
+
+
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification"])
+def test_a_single_logit_is_a_sigmoids(one_logit, batch, problem_type):
+    objective = one_logit(problem_type, "distill")
+    features = features_of(objective, batch)
+    teacher, student = (logits_of(objective, features["view"], pooling)[:, 0].tolist() for pooling in ("gap", "ca"))
+    expected = hits = divergence = 0.0
+    for t, s, label in zip(teacher, student, [0, 1, 1, 0, 1], strict=True):
+        p, q = 1 / (1 + math.exp(-t)), 1 / (1 + math.exp(-s))
+        divergence += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+        expected -= math.log(q if label else 1 - q)
+        hits += (q > 0.5) == bool(label)
+    assert divergence > 1e-6 and objective({"features": features})["loss"].item() == pytest.approx(divergence, rel=1e-4)
+    result = one_logit(problem_type, "cross_entropy")({"features": features, "labels": torch.tensor([0, 1, 1, 0, 1])})
+    assert (result["loss"].item(), result["accuracy"].item()) == (pytest.approx(expected, rel=1e-5), hits)
+
+
+def test_a_regression_follows_its_teacher_by_squared_errors(one_logit, batch):
+    features = features_of(one_logit("regression", "masked_distill"), batch)
+    objective = one_logit("regression", "masked_distill")
+    teacher, student = (logits_of(objective, features["view"], pooling)[:, 0].tolist() for pooling in ("gap", "ca"))
+    masked = logits_of(objective, features["masked"], "ca")[:, 0].tolist()
+    expected = sum((t - s) ** 2 for t, s in zip(teacher, student, strict=True))
+    assert one_logit("regression", "distill")({"features": features})["loss"].item() == pytest.approx(
+        expected, rel=1e-4
+    )
+    expected += sum((t - m) ** 2 for t, m in zip(teacher, masked, strict=True))
+    assert objective({"features": features})["loss"].item() == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ValueError, match="needs classes, and the model is a regression"):
+        one_logit("regression", "cross_entropy")
+
+
+def test_class_ids_of_a_network_with_several_labels_are_one_hot(tiny_model, batch):
+    objective = make(tiny_model, "multi")
+    features = features_of(objective, batch)
+    one_hot = torch.eye(3)[batch["labels"]]
+    ids, vectors = (objective({"features": features, "labels": labels}) for labels in (batch["labels"], one_hot))
+    assert torch.equal(ids["loss"], vectors["loss"]) and torch.equal(ids["accuracy"], vectors["accuracy"])
 
 
 def test_the_teacher_gets_no_gradient_and_the_backbone_runs_without_graph(tiny_model, batch):

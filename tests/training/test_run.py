@@ -7,9 +7,11 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from castream.publishing import PublishError
@@ -236,6 +238,75 @@ def test_weights_that_are_no_numbers_are_never_kept(run, options, monkeypatch):
     assert not (Path(options["output_dir"]) / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("changes", [{}, {"freeze_output_projection": False, "checkpoint_steps": 1000}])
+def test_a_run_that_diverged_is_not_done(run, options, changes):
+    with pytest.raises(ValueError, match="the run has diverged") as error:
+        run(options | {"learning_rate": 1e3, "max_grad_norm": 0.0} | changes)
+    assert "\n" not in str(error.value) and "lower learning_rate" in str(error.value)
+    assert not (Path(options["output_dir"]) / "model").exists()
+
+
+def test_a_config_keeps_its_problem_type_where_the_stream_is_rebuilt(run, options, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(
+        json.dumps(config | {"problem_type": "multi_label_classification", "license": "mit"})
+    )
+    run(options | {"model": str(tmp_path / "model"), "variant": "final", "max_steps": 1})
+    written = json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())
+    assert (written["problem_type"], written["license"]) == ("multi_label_classification", "mit")
+    assert (written["variant"], written["stream_layers"]) == ("final", ["stage2"])
+
+
+@pytest.fixture
+def one_logit(tiny_model, tmp_path):
+    """Makes a folder with a network of a single logit."""
+
+    def make(problem_type):
+        folder = tmp_path / "one-logit"
+        shutil.copytree(tiny_model, folder)
+        config = CAStreamConfig.from_pretrained(tiny_model, id2label={0: "cat"}, label2id={"cat": 0})
+        config.problem_type = problem_type
+        CAStreamForImageClassification(config).save_pretrained(folder)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "objective"),
+    [(None, "cross_entropy"), ("multi_label_classification", "distill"), ("regression", "masked_distill")],
+)
+def test_networks_of_a_single_logit_learn(run, options, one_logit, tmp_path, problem_type, objective):
+    write_shards(tmp_path / "data", "train", [12, 12], classes=["dog", "cat"], labels=2)
+    options = options | {"model": one_logit(problem_type), "dataset_name": str(tmp_path / "data"), "classifier": "keep"}
+    before = load_file(Path(options["model"]) / "model.safetensors")
+    trace = run(options | {"objective": objective, "augmentation": "none", "epochs": 4})
+    assert any(not torch.equal(before[name], value) for name, value in weights(options).items())
+    config = json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())
+    assert config.get("problem_type") == problem_type and len(config["id2label"]) == 1
+    if objective == "cross_entropy":
+        assert sum(loss for loss, _ in trace[-6:]) < sum(loss for loss, _ in trace[:6])
+
+
+def test_files_have_the_mode_that_the_user_gives_files(run, options):
+    before = os.umask(0o022)
+    try:
+        run(options | {"max_steps": 1})
+    finally:
+        os.umask(before)
+    files = [path for path in Path(options["output_dir"]).rglob("*") if path.is_file() and path.name != ".lock"]
+    assert {path.name for path in files} > {"model.safetensors", "config.json", "settings.yaml"}
+    assert {oct(path.stat().st_mode & 0o777) for path in files} == {"0o644"}
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_bf16_with_cached_features(run, options, cached, tmp_path):
+    write_shards(tmp_path / "data", "train", [12, 12], classes=["red", "green", "blue", "grey"])
+    options = options | {"dataset_name": str(tmp_path / "data"), "views": 1, "mixed_precision": "bf16", "epochs": 1}
+    assert run(options | {"cache_features": cached, "objective": "masked_distill"})
+
+
 def test_a_failed_push_says_where_the_model_is(run, options, monkeypatch):
     def publish(*args, **kwargs):
         raise PublishError("the Hub has a problem of its own (503).")
@@ -296,6 +367,57 @@ def test_a_signal_saves_and_leaves_with_its_own_code(options, tmp_path, number):
     assert len(list((logs / "checkpoints").iterdir())) == 1
     output, errors = start(options).communicate(timeout=300)
     assert "exactly there" in output, errors
+
+
+SLOW_STEPS = """
+import sys, time
+from castream.training.objective import Objective
+from castream.training.run import run
+
+forward = Objective.forward
+
+def slow(self, batch):
+    time.sleep(1.5)
+    return forward(self, batch)
+
+Objective.forward = slow
+sys.exit(run())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_the_launchers_group_saves_slow_steps(options, tmp_path, processes, number):
+    """As Ctrl-C in a terminal does: the launcher gets it, too, and its end is one more signal to train.py."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_STEPS)
+    launch = ("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--cpu")
+    launcher = (sys.executable, *launch) if processes == 1 else torchrun(29516)
+    options = options | {"epochs": 500, "checkpoint_steps": 1000}
+    with open(tmp_path / "log", "w") as output:
+        process = start(options, *launcher, script=script, output=output, ACCELERATE_USE_CPU="1")
+    family = psutil.Process(process.pid)
+    try:
+        wait_for(lambda: re.search(r"training: .*\| (1[2-9]|[2-9]\d)/", (tmp_path / "log").read_text()))
+        family = [*family.children(recursive=True)]
+        os.killpg(process.pid, number)
+        process.wait(timeout=60)
+        psutil.wait_procs(family, timeout=60)
+    finally:
+        kill_all(process)
+    log = (tmp_path / "log").read_text()
+    assert "told to stop: saving after this step" in log
+    step = int(re.search(r"stopped after step (\d+): the same command goes on from there", log)[1])
+    kept = [path.name for path in (Path(options["output_dir"]) / "checkpoints").iterdir()]
+    assert step >= 2 and kept == [f"step-{step:08d}"]
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow
