@@ -14,6 +14,11 @@ import torch
 PARTIAL = ".partial"  # suffix of what is being written; anything that bears it at the start of a run is a dead run's
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: `$CASTREAM_CACHE`, or else `~/.cache/castream`."""
+    return Path(os.environ.get("CASTREAM_CACHE") or Path.home() / ".cache" / "castream").expanduser()
+
+
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name `final` when it is complete and not before; an older one is replaced.

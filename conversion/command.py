@@ -65,8 +65,8 @@ def _onnx(arguments: argparse.Namespace) -> str:
     return f"{arguments.output}: onnxruntime's outputs differ by at most {difference:.2g}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m conversion", description=__doc__)
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="classifier | official | onnx")
 
     classifier = commands.add_parser(
@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, prog: str = "python -m conversion") -> int:
     """Run a command; 0, or 2 after one line on stderr that says what was wrong."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser(prog).parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:

@@ -32,11 +32,11 @@ per_image.parquet, examples.png and curves.png into the output folder. evaluatio
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str) -> argparse.ArgumentParser:
     """The command's options."""
     defaults = EvaluationSettings()
     parser = argparse.ArgumentParser(
-        prog="python -m evaluation",
+        prog=prog,
         description="Evaluate the saliency maps of a CA-Stream model under global average pooling and cross-attention.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,9 +127,9 @@ def _controls(named: list[str] | None, poolings: Sequence[str]) -> tuple[str, ..
     return tuple(named) or tuple(name for name in CONTROLS if both or name not in PAIRED_CONTROLS)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, prog: str = "python -m evaluation") -> int:
     """Run the command; returns the exit status."""
-    parser = build_parser()
+    parser = build_parser(prog)
     options = parser.parse_args(arguments)
     options.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if arguments is None else arguments)])
     try:

@@ -22,6 +22,8 @@ from datasets import ClassLabel, Features, Image, Value
 from filelock import FileLock
 from tqdm import tqdm
 
+from castream.artifacts.files import cache_folder
+
 from . import rendering, shapes, workers
 from .rendering import CLASS_NAMES
 from .workers import encode_scene, ordered_map
@@ -33,11 +35,6 @@ ROW_GROUP_SIZE = 64  # what a stream must read before its first row; also the gr
 FEATURES = Features(
     {"image": Image(), "mask": Image(), "label": ClassLabel(names=list(CLASS_NAMES)), "index": Value("int64")}
 )
-
-
-def default_cache_dir() -> Path:
-    """`$CASTREAM_CACHE`, or else `~/.cache/castream`."""
-    return Path(os.environ.get("CASTREAM_CACHE") or Path.home() / ".cache" / "castream")
 
 
 def write_scenes(
@@ -56,7 +53,7 @@ def write_scenes(
     and the next one starts afresh. Several processes may call at once: one writes, the others wait for it.
 
     Args:
-        cache_dir: folder of the cache; None means `default_cache_dir()`.
+        cache_dir: folder of the cache; None means `cache_folder()`.
         seed: of the dataset, >= 0.
         num_train, num_validation: images per split; a multiple of the number of classes gives equal classes.
         shards_per_split: parquet files per split.
@@ -70,7 +67,7 @@ def write_scenes(
     """
     counts = {"train": num_train, "validation": num_validation}
     _validate(seed, counts, shards_per_split, size)
-    cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    cache_dir = Path(cache_dir) if cache_dir is not None else cache_folder()
     final = cache_dir / _folder_name(seed, counts, shards_per_split, size)
     if final.is_dir():
         return final

@@ -6,18 +6,17 @@ from pathlib import Path
 import pytest
 import torch
 from castream.evaluation.store import fingerprint_model
-from castream.publishing import publish, write_model_card
+from castream.publishing import command, publish, write_model_card
 from castream.publishing.folder import Publication, assemble
 from castream.publishing.verify import verify
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import publish as command
 from modeling_castream import CAStreamForImageClassification
 from tests.publishing.models import make_results, save_model
 
-CODE = {path.name for path in (Path(command.__file__).parent / "modeling_castream").glob("*_castream.py")}
+CODE = {path.name for path in (Path(__file__).parents[2] / "modeling_castream").glob("*_castream.py")}
 
 
 @pytest.fixture
