@@ -18,11 +18,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from castream.artifacts.files import cache_folder
 from datasets import ClassLabel, Features, Image, Value
 from filelock import FileLock
 from tqdm import tqdm
-
-from castream.artifacts.files import cache_folder
 
 from . import rendering, shapes, workers
 from .rendering import CLASS_NAMES
