@@ -35,7 +35,6 @@ from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import open_split
 from castream.data.sharding import ShardPlan
 from castream.data.transforms import ImageTransform
-from castream.training.arguments import TrainingArguments
 from castream.training.model import unfreeze
 from castream.training.objective import Objective
 from castream.training.run import make_optimizer
@@ -140,7 +139,7 @@ class Step:
 
 def streamed(folder: Path, batch_size: int, workers: int) -> Iterator[dict]:
     """Batches as train.py reads them, epoch after epoch."""
-    split = open_split(TrainingArguments(dataset_name=str(folder)), "train")
+    split = open_split(str(folder), "train")
     plan = ShardPlan(split.stream.num_shards, 1, max(1, workers))
     settings = ReaderSettings(batch_size, 128, 4, None, 1000, 0)
     transform = ImageTransform(Processor, "crop")

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from .decoding import DECODING_ERRORS, read_image
 from .opening import Split
 from .sharding import ShardPlan
-from .transforms import DECODING_ERRORS, ImageTransform, random_mask_noise, read_image
+from .transforms import ImageTransform, random_mask_noise
 
 _LISTED = ("key", "images")  # what `collate` does not merely stack
 READ_ROWS = 8  # rows taken from a shard at a time; encoded, so a matter of overhead only
@@ -49,9 +50,10 @@ class ShardReader(IterableDataset):
     """The rows of one process in one epoch, as batches; iterated in worker processes.
 
     Yields:
-        `{"batch": {...}, "worker": int, "position": dict, "rows": int, "bad": [key, ...]}`, with "position" where the
-        worker stands after this batch, "rows" the rows read since the last one and "bad" those that did not decode; or
-        `{"error": text}` where a shard cannot be read or a label is wrong, since an exception would arrive as a page.
+        `{"batch": {...}, "worker": int, "position": dict, "rows": int, "bad": [line, ...]}`, with "position" where the
+        worker stands after this batch, "rows" the rows read since the last one and "bad" a line for each of those that
+        did not decode: its file, or place, a tab, and the reason; or `{"error": text}` where a shard cannot be read or
+        a label is wrong, since an exception would arrive as a page.
     """
 
     def __init__(self, split: Split, plan: ShardPlan, rank: int, transform: ImageTransform, settings: ReaderSettings):
@@ -79,9 +81,10 @@ class ShardReader(IterableDataset):
         rng_state = torch.get_rng_state()  # without workers this is the training process, which has its own use for it
         for key, row, after in self._shuffled(worker, position):
             rows += 1
-            sample = self._sample(key, row)
-            bad += [key] if sample is None else []
-            samples += [] if sample is None else [sample]
+            try:
+                samples.append(self._sample(key, row))
+            except _UndecodableError as error:
+                bad.append(f"{self.split.row_name(row, key)}\t{error}")
             if len(samples) == self.settings.batch_size:
                 torch.set_rng_state(rng_state)
                 yield {
@@ -96,12 +99,12 @@ class ShardReader(IterableDataset):
         batch = collate(samples) if samples else None
         yield {"batch": batch, "worker": worker, "position": "done", "rows": rows, "bad": bad}
 
-    def _sample(self, key: str, row: dict) -> dict | None:
-        """A row decoded, in its view; None where the image is unreadable."""
+    def _sample(self, key: str, row: dict) -> dict:
+        """A row decoded, in its view."""
         try:
             pixels = read_image(row[self.split.image_column])
-        except DECODING_ERRORS:
-            return None
+        except DECODING_ERRORS as error:
+            raise _UndecodableError(" ".join(str(error).split()) or type(error).__name__) from error
         views = self.settings.views
         view = self.epoch if views is None else self.epoch % views
         torch.default_generator.manual_seed(sample_seed(self.settings.seed, key, view))
@@ -112,7 +115,8 @@ class ShardReader(IterableDataset):
 
     def _label(self, row: dict, key: str) -> torch.Tensor:
         """A class id, or with several labels an image 0/1 floats (num_labels,)."""
-        ids = torch.tensor(self.split.class_ids(row, key, self.settings.num_labels), dtype=torch.long)
+        ids = self.split.class_ids(row, self.split.row_name(row, key), self.settings.num_labels)
+        ids = torch.tensor(ids, dtype=torch.long)
         if not self.split.multi_label:
             return ids[0]
         return torch.zeros(self.settings.num_labels).index_fill_(0, ids, 1.0)
@@ -148,6 +152,10 @@ class ShardReader(IterableDataset):
                 if number >= skip and number % step == offset:
                     yield number, dict(zip(names, values, strict=True))
                 number += 1
+
+
+class _UndecodableError(Exception):
+    """An image does not decode; the text is the reason."""
 
 
 class _Lanes:

@@ -1,48 +1,11 @@
-"""Decoding and augmentation, on uint8 tensors, in the worker processes."""
+"""Resizing and augmentation, on uint8 tensors, in the worker processes."""
 
-import io
-
-import fsspec
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_jpeg
+from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as transforms
 
-# What decoding a broken or hostile file raises; anything else is a bug and must surface.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, RuntimeError, UnidentifiedImageError)
-DECODING_ERRORS += (Image.DecompressionBombError,)
 MASK_GRID = 4  # cells of the noise that the random masks of masked_distill are made of
-
-
-def decode_image(data: bytes) -> torch.Tensor:
-    """Decode an encoded image.
-
-    JPEG takes torchvision's decoder; what that cannot read (CMYK, a wrong extension), and every other format, PIL's.
-
-    Returns:
-        uint8 (3, height, width): grayscale, palette and CMYK images converted, transparency dropped.
-
-    Raises:
-        One of DECODING_ERRORS: on a truncated or unreadable image.
-    """
-    if data[:2] == b"\xff\xd8":
-        try:
-            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-        except RuntimeError:
-            pass
-    with Image.open(io.BytesIO(data)) as image:
-        return transforms.functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
-
-
-def read_image(image: dict) -> torch.Tensor:
-    """Decode what `datasets` yields for an encoded image, `{"bytes", "path"}`; see `decode_image`."""
-    data = image["bytes"]
-    if data is None:
-        with fsspec.open(image["path"], "rb") as file:
-            data = file.read()
-    return decode_image(data)
 
 
 class ImageTransform:

@@ -19,6 +19,8 @@ from .settings import (
     EvaluationSettings,
 )
 
+ROLES = ("image", "label", "mask", "boxes", "id")  # of a dataset's columns
+
 EPILOG = """examples:
   python -m evaluation --model DIR --dataset imagenet-1k --split validation --output results
   python -m evaluation --model DIR --dataset PHOTOS --split heldout --output results     (the folder PHOTOS/heldout)
@@ -43,7 +45,11 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder or Hub id of a CAStream classifier, with its image processor")
-    add("--dataset", required=True, help="Hub id, folder, or builder (imagefolder, parquet, webdataset)")
+    add(
+        "--dataset",
+        required=True,
+        help="folder, zip, file or address of photos, parquet or tar shards; Hub id; builder",
+    )
     add("--split", required=True, help="split of the dataset, such as validation")
     add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
     _add_table_options(parser, defaults)
@@ -111,7 +117,7 @@ def _add_dataset_options(parser: argparse.ArgumentParser) -> None:
     """Options for datasets whose name alone does not say it all."""
     parser.add_argument("--config-name", help="the dataset's configuration")
     parser.add_argument("--data-files", nargs="+", metavar="PATTERN", help="files of a builder, such as 'photos/**'")
-    for role in ("image", "label", "mask", "id"):
+    for role in ROLES:
         parser.add_argument(f"--{role}-column", help=f"the dataset's {role} column, where its name is unusual")
 
 
@@ -150,23 +156,25 @@ def _evaluate(options: argparse.Namespace) -> None:
     settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
 
     from accelerate import Accelerator
+    from castream.data.opening import open_split
 
     from .allocator import keep_freed_memory
-    from .opening import open_dataset
+    from .data import read_examples
     from .runner import evaluate_saliency
 
     keep_freed_memory()
     accelerator = Accelerator()
     model, image_processor = _load_model(options.model)
-    roles = {role: getattr(options, f"{role}_column") for role in ("image", "label", "mask", "id")}
-    examples = open_dataset(
+    split = open_split(
         options.dataset,
         options.split,
-        options.data_files,
-        options.config_name,
-        {role: column for role, column in roles.items() if column},
-        model.config.label2id,
+        config=options.config_name,
+        data_files=options.data_files,
+        columns={role: getattr(options, f"{role}_column") for role in ROLES},
     )
+    examples = read_examples(split, id2label=model.config.id2label)
+    if accelerator.is_main_process and examples.note:
+        print(f"data: {examples.note}", file=sys.stderr)
     report = evaluate_saliency(
         model,
         image_processor,

@@ -63,7 +63,7 @@ def evaluate_saliency(
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
-    examples = read_examples(examples, dataset_name, label2id=model.config.label2id)
+    examples = read_examples(examples, dataset_name, model.config.id2label)
     _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
     run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
@@ -84,6 +84,7 @@ def _open_store(output_dir, settings, model, image_processor, examples: Examples
     identity = settings.to_dict() | {
         "dataset": examples.name,
         "columns": examples.columns,
+        "dataset_files": examples.fingerprint,
         "image_processor": fingerprint_processor(image_processor),
         "weights": fingerprint_model(model),
     }

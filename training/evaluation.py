@@ -10,8 +10,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from castream.artifacts.files import write_json
-from castream.data.opening import MASK_COLUMN, UNLABELLED, Split
-from castream.data.transforms import DECODING_ERRORS, ImageTransform, read_image
+from castream.data.decoding import DECODING_ERRORS, read_image
+from castream.data.opening import Split
+from castream.data.transforms import ImageTransform
 from castream.evaluation import EvaluationSettings, evaluate_saliency
 
 from modeling_castream import CAStreamForImageClassification
@@ -33,19 +34,14 @@ class HeldOut:
         self.split, self.name = split, name
 
     def __iter__(self) -> Iterator[dict]:
-        split = self.split
-        for index, row in enumerate(split.stream):
-            key = f"{self.name}-{index}"
-            example = {"id": key, "image": row[split.image_column], "label": None, "mask": row.get(MASK_COLUMN)}
-            if split.label_column and row[split.label_column] not in (None, UNLABELLED):
-                ids = split.class_ids(row, key)
-                example["label"] = ids if split.multi_label else ids[0]
-            yield example
+        for index, row in enumerate(self.split.examples()):
+            label = row["label"] if self.split.multi_label or row["label"] is None else row["label"][0]
+            yield row | {"id": f"{self.name}-{index}", "label": label}
 
     @property
     def has_masks(self) -> bool:
         """Whether the objects' masks are known."""
-        return MASK_COLUMN in self.split.stream.column_names
+        return self.split.has_masks
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from castream.artifacts.files import new_folder, write_json
 from castream.conversion import convert_classifier
+from castream.data.labels import classes_fit
 from castream.data.opening import Split
 from torch.nn import functional as F
 from transformers import AutoImageProcessor
@@ -59,7 +60,8 @@ def adapt_model(
         ValueError: on classes that do not fit; in one line.
     """
     names, available = split.class_names, source.config.num_labels
-    keep = classifier == "keep" or (classifier == "auto" and (names is None or len(names) == available))
+    fits = names is None or (len(names) == available and classes_fit(names, source.config.id2label))
+    keep = classifier == "keep" or (classifier == "auto" and fits)
     if not keep and names is None:
         raise ValueError(f"classifier={classifier} needs a dataset that names its classes, and this one does not.")
     changes = {name: value for name, value in stream.items() if value is not None}

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from castream.artifacts.files import read_json
 from castream.data.loader import ReaderSettings, StreamLoader
-from castream.data.opening import Split, open_split
+from castream.data.opening import Split, UnknownClassesError, open_scenes, open_split
 from castream.data.sharding import ShardPlan
 from castream.data.transforms import ImageTransform
 from castream.evaluation import EvaluationSettings
@@ -74,16 +74,18 @@ def main(args: TrainingArguments) -> None:
     bad_images = BadImages(accelerator, folder.note_bad_images, folder.bad_images, args.max_bad_fraction)
     session = Session(accelerator, folder, interruption, bad_images)
 
-    split = open_split(args, args.train_split)
-    held_out = (
-        HeldOut(open_split(args, args.validation_split), args.validation_split) if args.validation_split else None
-    )
+    split = open_dataset(args, args.train_split)
+    held_out = None
+    if args.validation_split:
+        held_out = HeldOut(open_dataset(args, args.validation_split), args.validation_split)
 
     model, image_processor, needs_fit = find_model(args, folder, split)
     needs_labels = args.objective == "cross_entropy" or needs_fit
-    split = match_labels(split if needs_labels else replace(split, label_column=None), held_out, model.config)
+    split = match_labels(split if needs_labels else split.without_labels(), held_out, model.config)
     if accelerator.is_main_process:
         check_labels(split, held_out, model.config)
+        for note in (*split.notes, *(held_out.split.notes if held_out else ())):
+            tqdm.write(f"data: {note}")
 
     if folder.model.is_dir():
         accelerator.print(f"training is complete: {folder.model}")
@@ -175,6 +177,29 @@ def num_classes(config: CAStreamConfig) -> int:
     return max(2, config.num_labels)
 
 
+def open_dataset(args: TrainingArguments, split: str) -> Split:
+    """A split of the run's dataset; the one to train on has labels where the objective needs them.
+
+    Raises:
+        ValueError: on a dataset, split or column that is not there; in one line.
+    """
+    if args.dataset_name is None:
+        opened = open_scenes(split, args.seed, args.scenes_train, args.scenes_validation)
+    else:
+        opened = open_split(
+            args.dataset_name,
+            split,
+            config=args.dataset_config,
+            columns={"image": args.image_column, "label": args.label_column},
+            class_names=args.class_names,
+            beside=(args.train_split, args.validation_split),
+            reshard=args.reshard,
+        )
+    if args.objective == "cross_entropy" and split == args.train_split:
+        opened.require_labels("objective=cross_entropy", "objective=masked_distill needs none")
+    return opened
+
+
 def match_labels(split: Split, held_out: HeldOut | None, config: CAStreamConfig) -> Split:
     """The training split, and in place the held-out one, with labels in the order of the model's classes.
 
@@ -185,10 +210,19 @@ def match_labels(split: Split, held_out: HeldOut | None, config: CAStreamConfig)
         return split
     try:
         if held_out:
-            held_out.split = held_out.split.match_classes(config.id2label)
+            held_out.split = _match_held_out(held_out.split, config, needed=split.label_column is not None)
         return split.match_classes(config.id2label)
     except ValueError as error:
         raise ValueError(f"{error} Name the right label_column, or fit the model to them: classifier=fit.") from None
+
+
+def _match_held_out(split: Split, config: CAStreamConfig, needed: bool) -> Split:
+    try:
+        return split.match_classes(config.id2label)
+    except UnknownClassesError as error:
+        if needed:
+            raise
+        return split.without_labels(f"{error} It is evaluated for the predicted classes.")
 
 
 def check_labels(split: Split, held_out: HeldOut | None, config: CAStreamConfig) -> None:

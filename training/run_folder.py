@@ -97,8 +97,12 @@ class RunFolder:
         shutil.rmtree(self.features, ignore_errors=True)
         self._lock.release()  # its file stays: whoever waits for it has it open
 
-    def note_bad_images(self, keys: list[str]) -> None:
-        """Add to the list of images that did not decode; an image that several epochs met stands there once."""
-        known = self.bad_images.read_text(encoding="utf-8").split() if self.bad_images.is_file() else []
-        if new := [key for key in dict.fromkeys(keys) if key not in known]:
-            write_file(self.bad_images, "".join(f"{key}\n" for key in (*known, *new)).encode())
+    def note_bad_images(self, lines: list[str]) -> None:
+        """Add to the list of images that did not decode; an image that several epochs met stands there once.
+
+        Args:
+            lines: of a StreamLoader: file, tab, reason.
+        """
+        known = self.bad_images.read_text(encoding="utf-8").splitlines() if self.bad_images.is_file() else []
+        if new := [line for line in dict.fromkeys(lines) if line not in known]:
+            write_file(self.bad_images, "".join(f"{line}\n" for line in (*known, *new)).encode())

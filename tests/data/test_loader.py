@@ -10,7 +10,6 @@ from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import open_split
 from castream.data.sharding import ShardPlan
 from castream.data.transforms import ImageTransform
-from castream.training.arguments import TrainingArguments
 from PIL import Image
 from transformers import BitImageProcessor
 
@@ -20,8 +19,7 @@ PROCESSOR = BitImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 3
 
 
 def make_loader(folder, world=1, rank=0, workers=1, in_process=True, split="train", **changes):
-    args = TrainingArguments(dataset_name=str(folder), validation_split=None)
-    opened = open_split(args, split)
+    opened = open_split(str(folder), split)
     settings = {"batch_size": 4, "shuffle_window": 6, "interleave": 2, "views": None, "num_labels": 3, "seed": 5}
     plan = ShardPlan(opened.stream.num_shards, world, workers, 5, by_rows=opened.unsplittable)
     transform = ImageTransform(PROCESSOR, "crop")
@@ -95,12 +93,14 @@ def test_broken_images_are_skipped_and_listed(tmp_path):
     loader = make_loader(tmp_path / "data")
     keys = [key for batch, _ in loader.epoch(0) for key in batch["keys"]]
     assert len(keys) == 18
-    assert sorted(loader.bad) == ["0:3", "1:4"]
+    names, reasons = zip(*(line.split("\t") for line in sorted(loader.bad)), strict=True)
+    assert names == ("train-00000.parquet:3", "train-00001.parquet:4")
+    assert all(" " in reason for reason in reasons)
     assert loader.rows == 20
 
 
 def test_labels_out_of_range_are_refused(tiny_dataset):
-    with pytest.raises(ValueError, match=r"label 2 of sample \d+:\d+ is outside 0\.\.1"):
+    with pytest.raises(ValueError, match=r"label 2 of sample train-0000\d.parquet:\d+ is outside 0\.\.1"):
         list(make_loader(tiny_dataset, num_labels=2).epoch(0))
 
 
@@ -135,12 +135,11 @@ def test_unlabelled_photos_and_odd_formats(tmp_path):
     for mode, name in (("L", "grey.jpg"), ("CMYK", "cmyk.jpg"), ("RGBA", "alpha.png"), ("P", "palette.png")):
         Image.fromarray(pixels).convert(mode).save(folder / name)
     (folder / "broken.jpg").write_bytes((folder / "grey.jpg").read_bytes()[:300])
-    args = TrainingArguments(dataset_name=str(folder), objective="masked_distill", validation_split=None)
-    split = open_split(args, "train")
+    split = open_split(str(folder), "train")
     assert split.label_column is None and split.num_rows == 5
     plan = ShardPlan(1, 1, 1, by_rows=True)
     settings = ReaderSettings(4, 0, 1, None, 3, 0)
     loader = StreamLoader(split, plan, 0, ImageTransform(PROCESSOR, "none"), settings, in_process=True)
     (batch, _), *rest = loader.epoch(0)
     assert not rest and batch["images"].shape == (4, 3, 32, 32) and "labels" not in batch
-    assert len(loader.bad) == 1
+    assert [line.split("\t")[0] for line in loader.bad] == [str(folder / "broken.jpg")]

@@ -6,14 +6,12 @@ import tarfile
 
 import pytest
 from castream.data.opening import open_split
-from castream.training.arguments import TrainingArguments
-from castream.training.evaluation import HeldOut
 
 from tests.training.tiny_data import CLASSES, make_row, write_shards
 
 
 def open_folder(folder, split="train", **settings):
-    return open_split(TrainingArguments(**{"dataset_name": str(folder), "validation_split": "test"} | settings), split)
+    return open_split(str(folder), split, **{"beside": ("train", "test")} | settings)
 
 
 def refused(folder, split="train", **settings) -> str:
@@ -39,23 +37,23 @@ def write_tar(path, rows):
 
 
 def test_parquet(tiny_dataset):
-    split = open_folder(tiny_dataset, validation_split="validation")
+    split = open_folder(tiny_dataset)
     assert (split.image_column, split.label_column, split.class_names) == ("image", "label", CLASSES)
     assert (split.num_rows, split.stream.num_shards, split.multi_label) == (32, 4, False)
-    assert open_folder(tiny_dataset, "validation", validation_split="validation").num_rows == 12
+    assert open_folder(tiny_dataset, "validation").num_rows == 12
 
 
 def test_resharding_by_row_groups(tiny_dataset):
-    split = open_folder(tiny_dataset, reshard=True, validation_split="validation")
+    split = open_folder(tiny_dataset, reshard=True)
     assert split.stream.num_shards == 3 + 2 + 3 + 2 and split.num_rows == 32
 
 
 def test_webdataset(tmp_path):
     for shard in range(3):
         write_tar(tmp_path / f"train-{shard:04d}.tar", [make_row(index) for index in range(4 * shard, 4 * shard + 4)])
-    split = open_folder(tmp_path, train_examples=12)
+    split = open_folder(tmp_path)
     assert (split.image_column, split.label_column, split.stream.num_shards) == ("jpg", "cls", 3)
-    assert split.num_rows is None
+    assert split.num_rows == 12
     rows = list(split.stream)
     assert len(rows) == 12 and rows[5]["cls"] == 5 % 3 and rows[5]["jpg"]["bytes"]
 
@@ -85,10 +83,11 @@ def test_unlabelled_training_and_labelled_test_images(tmp_path):
         write_image(tmp_path / "train" / f"{index}.jpg", index)
         write_image(tmp_path / "test" / f"{index}.jpg", index)
     (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n0.jpg,2\n1.jpg,0\n2.jpg,1\n")
-    assert open_folder(tmp_path, objective="masked_distill").label_column is None
-    split = open_folder(tmp_path, "test", objective="masked_distill")
+    assert open_folder(tmp_path).label_column is None
+    split = open_folder(tmp_path, "test")
     assert [split.class_ids(row, "key") for row in split.stream] == [[2], [0], [1]]
-    assert "objective=cross_entropy needs labels" in refused(tmp_path)
+    with pytest.raises(ValueError, match=r"this needs labels, and .* has none: all its photos lie in one folder"):
+        open_folder(tmp_path).require_labels("this", "do that")
 
 
 def test_classes_are_the_models_by_name(tmp_path):
@@ -99,7 +98,7 @@ def test_classes_are_the_models_by_name(tmp_path):
     found = {CLASSES[split.class_ids(row, "key", 3)[0]] for row in split.stream if "red" in row["image"]["path"]}
     assert split.class_names == ["green", "red"] and found == {"red"}
     assert open_folder(tmp_path).match_classes({0: "n01", 1: "n02"}).to_model is None  # other names, as many
-    with pytest.raises(ValueError, match=r"the dataset has 2 classes \(green, \.\.\.\), and the model 3"):
+    with pytest.raises(ValueError, match=r"\(train\) has 2 classes \(green, \.\.\.\), and the model 3"):
         open_folder(tmp_path).match_classes(dict(enumerate("abc")))
 
 
@@ -113,8 +112,8 @@ def test_every_label_is_looked_at(tiny_dataset, tmp_path):
     (tmp_path / "test" / "metadata.csv").write_text("file_name,label\n0.jpg,2\n1.jpg,-1\n2.jpg,1\n")
     split = open_folder(tmp_path, "test")
     split.check_labels(3, may_lack=True)
-    assert [row["label"] for row in HeldOut(split, "test")] == [2, None, 1]
-    with pytest.raises(ValueError, match="label -1 of sample 0:1"):
+    assert [row["label"] for row in split.examples()] == [[2], None, [1]]
+    with pytest.raises(ValueError, match=r"label -1 of sample .*1\.jpg is none"):
         split.check_labels(3)
 
 
@@ -125,10 +124,10 @@ def test_a_splits_name_is_a_word_of_the_path(tmp_path):
 
 
 def test_refusals(tiny_dataset, tmp_path):
-    assert "is no folder" in refused(tmp_path / "nowhere")
+    assert "is no folder and no file" in refused(tmp_path / "nowhere")
     assert "no file below" in refused(tiny_dataset, "test")
-    assert "image_column='picture' is not in the dataset" in refused(tiny_dataset, image_column="picture")
-    assert "label_column='class' is not in the dataset" in refused(tiny_dataset, label_column="class")
+    assert "image_column='picture' is not in " in refused(tiny_dataset, columns={"image": "picture"})
+    assert "label_column='class' is not in " in refused(tiny_dataset, columns={"label": "class"})
     (tmp_path / "empty").mkdir()
     assert "cannot be opened" in refused(tmp_path / "empty")
     write_shards(tmp_path / "hollow", "train", [0])

@@ -1,11 +1,9 @@
-"""Pixels: as the image processor makes them, from every kind of file."""
-
-import io
+"""Resizing, cropping and flipping: as the image processor does it, and as the seed says."""
 
 import numpy as np
 import pytest
 import torch
-from castream.data.transforms import DECODING_ERRORS, ImageTransform, decode_image
+from castream.data.transforms import ImageTransform
 from PIL import Image
 from transformers import BitImageProcessor, ConvNextImageProcessor, ViTImageProcessor
 
@@ -14,12 +12,6 @@ def smooth(height, width):
     generator = np.random.default_rng(0)
     coarse = Image.fromarray(generator.integers(0, 255, (6, 8, 3), dtype=np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
-
-
-def encoded(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -51,30 +43,3 @@ def test_flips_and_crops_follow_the_seed():
             views.append(transform(pixels))
         assert torch.equal(views[0], views[1]) and any(not torch.equal(views[0], view) for view in views[2:])
         assert all(view.shape == (3, 40, 40) and view.dtype == torch.uint8 for view in views)
-
-
-@pytest.mark.parametrize(
-    ("mode", "format"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG")]
-)
-def test_every_mode_becomes_rgb(mode, format):
-    image = Image.fromarray(smooth(30, 40)).convert(mode)
-    options = {"quality": 98, "subsampling": 0} if format == "JPEG" else {}
-    decoded = decode_image(encoded(image, format, **options))
-    expected = torch.from_numpy(np.asarray(image.convert("RGB"))).permute(2, 0, 1)
-    assert decoded.shape == (3, 30, 40) and decoded.dtype == torch.uint8
-    assert (decoded.float() - expected.float()).abs().mean() < 6
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_pictures_are_turned_as_the_camera_says(format):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    assert decode_image(encoded(Image.fromarray(smooth(30, 40)), format, exif=exif)).shape == (3, 40, 30)
-
-
-@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_broken_files_raise_what_is_counted(format):
-    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), dtype=np.uint8)), format)
-    for broken in (data[: len(data) // 2], data[:20], b"", b"\xff\xd8\xff", b"no image at all"):
-        with pytest.raises(DECODING_ERRORS):
-            decode_image(broken)
