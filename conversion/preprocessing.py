@@ -1,5 +1,6 @@
 """Preprocessing and labels of classifiers that come without files that say them."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -29,15 +30,23 @@ def image_processor(
     )
 
 
-def labels(num_classes: int) -> dict:
-    """`id2label` and `label2id` of an ImageNet classifier, else only `num_labels`."""
-    subset = infer_imagenet_subset({"num_classes": num_classes})
-    if subset is None:
+def labels(num_classes: int, names: Sequence[str] | None = None) -> dict:
+    """`id2label` and `label2id` of the names given, or of an ImageNet classifier's, else only `num_labels`.
+
+    Raises:
+        ValueError: where there are fewer or more names than classes.
+    """
+    subset = infer_imagenet_subset({"num_classes": num_classes}) if names is None else None
+    if names is None and subset is None:
         return {"num_labels": num_classes}
-    info = ImageNetInfo(subset)
-    names = [info.index_to_description(index) for index in range(num_classes)]
-    repeated = {name for name in names if names.count(name) > 1}  # two classes of ImageNet are called "crane"
-    names = [
-        f"{name} ({info.index_to_label_name(index)})" if name in repeated else name for index, name in enumerate(names)
-    ]
+    if subset is not None:
+        info = ImageNetInfo(subset)
+        names = [info.index_to_description(index) for index in range(num_classes)]
+        marks = [info.index_to_label_name(index) for index in range(num_classes)]
+    else:
+        marks = range(num_classes)
+    if len(names) != num_classes:
+        raise ValueError(f"{len(names)} labels were given for {num_classes} classes: name one for each.")
+    counts = Counter(names)  # two classes of ImageNet are called "crane"
+    names = [f"{name} ({mark})" if counts[name] > 1 else name for name, mark in zip(names, marks, strict=True)]
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}

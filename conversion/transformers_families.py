@@ -4,9 +4,16 @@ import os
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Source
+from .timm_sources import describe_wrapper
 
 
 def _without_layers(config: PreTrainedConfig) -> dict:
@@ -71,25 +78,33 @@ def _check_family(source: str, config: PreTrainedConfig) -> None:
             f"{source} ({family}) has no global average pooling of a feature map to replace: "
             "its classifier reads tokens."
         )
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, "timm_wrapper"):
         raise ValueError(
             f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}."
             + _REMEDIES.get(family, "")
         )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _load_parts(source: str):
-    """Model, in float32 and eval mode, and image processor of a folder or Hub id."""
+def _load_config(source: str) -> PreTrainedConfig:
+    """Config of a folder or Hub id."""
     if not os.path.isdir(source) and (os.path.exists(source) or source.count("/") > 1 or source.startswith((".", "/"))):
-        raise ValueError(f"no folder {source}: name the folder or Hub id of a transformers image classifier.")
+        raise ValueError(f"no folder {source}: name the folder or Hub id of an image classifier.")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{source} has no readable config: {_first_line(error)}") from None
+    if getattr(config, "model_args", None):  # timm writes the number of classes twice, and transformers trips over it
+        config.model_args = {key: value for key, value in config.model_args.items() if key != "num_classes"}
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_model(source: str) -> PreTrainedModel:
+    """The classifier of a folder or Hub id, in float32 and eval mode."""
+    config = _load_config(source)
     _check_family(source, config)
     try:
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -101,11 +116,14 @@ def _load_parts(source: str):
         if info[problem]:
             keys = sorted(info[problem])
             raise ValueError(f"{source} is not a whole classifier: {problem.replace('_', ' ')} {', '.join(keys[:3])}.")
+    return model.eval()
+
+
+def _load_processor(source: str):
     try:
-        image_processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source} has no readable preprocessor_config.json: {_first_line(error)}") from None
-    return model.eval(), image_processor
 
 
 def load_transformers(source: str) -> Source:
@@ -117,7 +135,10 @@ def load_transformers(source: str) -> Source:
     Raises:
         ValueError: on a family that is not supported, or a folder without config, whole weights or image processor.
     """
-    model, image_processor = _load_parts(source)
+    model = _load_model(source)
+    if model.config.model_type == "timm_wrapper":
+        return describe_wrapper(model, source)
+    image_processor = _load_processor(source)
     layers, rules = FAMILIES[model.config.model_type]
     backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
     backbone.out_features = list(backbone.stage_names)

@@ -44,8 +44,9 @@ def network_name(config) -> str | None:
         return "ResNet-50" if (depths, widths) == ([3, 4, 6, 3], [256, 512, 1024, 2048]) else None
     if backbone.model_type == "convnext":
         return "ConvNeXt-B" if (depths, widths) == ([3, 3, 27, 3], [128, 256, 512, 1024]) else None
-    if backbone.model_type == "timm_backbone":
-        return {"resnet50": "ResNet-50", "convnext_base": "ConvNeXt-B"}.get(backbone.backbone.split(".")[0])
+    if backbone.model_type in ("timm_backbone", "timm_wrapper"):
+        timm_name = backbone.backbone if backbone.model_type == "timm_backbone" else backbone.architecture
+        return {"resnet50": "ResNet-50", "convnext_base": "ConvNeXt-B"}.get(timm_name.split(".")[0])
     return None
 
 

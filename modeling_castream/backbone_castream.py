@@ -1,9 +1,9 @@
 """What lies between an image and the stream: the frozen backbone and the feature maps the stream reads.
 
-`AutoBackbone` returns stage outputs. Three things stand between those and the maps a pretrained classifier really
-pools, and all three are settled here: norms that the backbone class adds and the classifier does not have, layers
-that the classifier has and the backbone class leaves out (the neck), and places inside a stage that a stream may
-want to read.
+A timm classifier is a backbone as it is (`network_castream`). `AutoBackbone` returns stage outputs. Three things stand
+between those and the maps a pretrained classifier really pools, and all three are settled here: norms that the backbone
+class adds and the classifier does not have, layers that the classifier has and the backbone class leaves out (the
+neck), and places inside a stage that a stream may want to read.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ from transformers import AutoBackbone
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils.output_capturing import CompileableContextVar
 
-NECK = "neck"
+from .network_castream import NECK, TimmNetwork, describe_features
 
 # Thread-safe store of the submodule outputs of the forward pass under way; None outside of one.
 _captured = CompileableContextVar("castream_captured_features")
@@ -95,6 +95,21 @@ def _stage_names(backbone_config) -> list[str]:
     return [stage["module"] for stage in info.info]
 
 
+def _resolve_network_layers(config) -> list[str]:
+    """`resolve_stream_layers` of a timm classifier; also writes `config.stream_channels` where these are depths."""
+    network, layers = config.backbone_config, config.stream_layers
+    channels = None if getattr(network, "features", None) else describe_features(network, config.num_labels)
+    names = network.features["layers"]
+    if layers is None:
+        layers = names[-1:] if config.variant == "final" else names
+    elif layers[-1] != names[-1]:
+        raise ValueError(f"stream_layers must end with the pooled feature map {names[-1]!r}, got {layers}.")
+    config.stream_layers = list(layers)
+    if config.stream_channels is None and channels and set(layers) <= set(names):
+        config.stream_channels = [channels[names.index(name)] for name in layers]
+    return [name for name in names if name in layers]
+
+
 def resolve_stream_layers(config) -> list[str]:
     """Settle which layers the stream reads, and narrow `backbone_config` to the stages that this takes.
 
@@ -106,6 +121,8 @@ def resolve_stream_layers(config) -> list[str]:
     Raises:
         ValueError: where the last of `config.stream_layers` is not the pooled feature map.
     """
+    if config.backbone_config.model_type == "timm_wrapper":
+        return _resolve_network_layers(config)
     backbone_config, layers = _stage_config(config.backbone_config), config.stream_layers
     is_timm = backbone_config.model_type == "timm_backbone"
     names = _stage_names(backbone_config)
@@ -138,26 +155,38 @@ def build_backbone(config) -> nn.Module:
         ValueError: on a stream layer that the backbone does not have.
     """
     stages = resolve_stream_layers(config)
+    if config.backbone_config.model_type == "timm_wrapper":
+        names = config.backbone_config.features["layers"]
+        backbone = TimmNetwork(config.backbone_config, config.num_labels)
+        backbone.inner_layers = [names.index(name) for name in stages[:-1]]
+        _capture_submodules(backbone, backbone.timm_model, config.stream_layers, names)
+        return backbone
     backbone = AutoBackbone.from_config(config.backbone_config)
     norms = getattr(backbone, "hidden_states_norms", nn.ModuleDict())  # an AutoBackbone's addition, untrained
     for name, _ in list(norms.named_children()):
         norms.add_module(name, nn.Identity())
     if config.backbone_config.model_type == "swin":
         _match_swin_windows(backbone)
-    for name in config.stream_layers:
-        if name in stages or name == NECK:
+    _capture_submodules(backbone, backbone, config.stream_layers, [*stages, NECK])
+    return backbone
+
+
+def _capture_submodules(backbone: nn.Module, root: nn.Module, layers: list[str], stages: list[str]) -> None:
+    """Have the outputs of the submodules of `root` captured that `layers` names beside `stages`."""
+    for name in layers:
+        if name in stages:
             continue
         try:
-            module = backbone.get_submodule(name)
+            module = root.get_submodule(name)
         except AttributeError:
+            known = ", ".join(getattr(backbone, "stage_names", stages))
             raise ValueError(
-                f"stream_layers names {name!r}, which is neither a stage ({', '.join(backbone.stage_names)}) nor a "
-                f"submodule of {type(backbone).__name__}."
+                f"stream_layers names {name!r}, which is neither a stage ({known}) nor a submodule of "
+                f"{type(root).__name__}."
             ) from None
         while isinstance(module, nn.ModuleList):  # such a list runs item by item: what comes out is its last one's
             module = module[-1]
         module.register_forward_hook(partial(_capture, name))
-    return backbone
 
 
 def _match_swin_windows(backbone: nn.Module) -> None:
@@ -182,7 +211,7 @@ def feature_channels(config) -> dict[str, int]:
     """
     with torch.device("meta"):
         backbone = build_backbone(config).eval().to("meta")  # what a constructor made elsewhere, too
-    shape = (1, getattr(backbone.config, "num_channels", 3), *_image_size(backbone))
+    shape = (1, num_input_channels(config), *_image_size(backbone))
     try:
         feature_maps, _ = run_backbone(backbone, torch.empty(shape, dtype=backbone.dtype, device="meta"))
     except (RuntimeError, ValueError, AssertionError) as error:
@@ -198,8 +227,18 @@ def feature_channels(config) -> dict[str, int]:
     return {name: feature_map.shape[1] for name, feature_map in feature_maps.items()}
 
 
+def num_input_channels(config) -> int:
+    """Channels of the images that the backbone of a CAStreamConfig reads."""
+    backbone_config = config.backbone_config
+    if backbone_config.model_type == "timm_wrapper":
+        return (backbone_config.model_args or {}).get("in_chans", 3)
+    return getattr(_stage_config(backbone_config), "num_channels", 3)
+
+
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
     """Height and width that a backbone is made for, 224 where it takes any."""
+    if isinstance(backbone, TimmNetwork):
+        return backbone.image_shape[1:]
     if backbone.config.model_type == "timm_backbone":
         return tuple(backbone._backbone.default_cfg["input_size"][-2:])
     size = getattr(backbone.config, "image_size", None) or 224
@@ -221,13 +260,18 @@ def run_backbone(
     captured = {}
     token = _captured.set(captured)
     try:
-        output = backbone(pixel_values, output_hidden_states=output_hidden_states)
+        if isinstance(backbone, TimmNetwork):
+            output, feature_maps = None, backbone.feature_maps(pixel_values)
+        else:
+            output = backbone(pixel_values, output_hidden_states=output_hidden_states)
+            feature_maps = dict(zip(backbone.out_features, output.feature_maps, strict=True))
     finally:
         _captured.reset(token)
-    feature_maps = dict(zip(backbone.out_features, output.feature_maps, strict=True)) | captured
     if is_channels_last(backbone):
-        feature_maps = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in feature_maps.items()}
-    return feature_maps, output
+        captured = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in captured.items()}
+        if not isinstance(backbone, TimmNetwork):
+            feature_maps = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in feature_maps.items()}
+    return feature_maps | captured, output
 
 
 def read_feature_maps(
@@ -243,11 +287,13 @@ def read_feature_maps(
         pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
     """
     feature_maps, output = run_backbone(backbone, pixel_values, output_hidden_states=config.classifier_cls_token)
-    feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
+    if not isinstance(backbone, TimmNetwork):
+        feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
     cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
     return tuple(feature_maps[name] for name in config.stream_layers), cls_token
 
 
 def is_channels_last(backbone: nn.Module) -> bool:
     """Whether a backbone yields (batch_size, height, width, num_channels): timm's Swin and its relatives."""
-    return getattr(getattr(backbone, "_backbone", None), "output_fmt", "NCHW") == "NHWC"
+    network = getattr(backbone, "_backbone", None) or getattr(backbone, "timm_model", None)
+    return getattr(network, "output_fmt", "NCHW") == "NHWC"

@@ -189,7 +189,7 @@ def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> 
 def _pooled_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
     """d logit_c / d pooler_output, (batch_size, num_channels); of class-specific queries, for the target's token."""
     model = features.model
-    if type(model.classifier) is nn.Linear and not len(model.head):  # constant: the class's weights
+    if type(model.classifier) is nn.Linear and model.has_linear_readout:  # constant: the class's weights
         return model.classifier.weight[target, -features.feature_maps[-1].shape[1] :]
     with torch.enable_grad():
         pooler_output = features.pool(pooling).pooler_output.detach().requires_grad_()

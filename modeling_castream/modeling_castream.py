@@ -22,9 +22,16 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import can_return_tuple
 
-from .backbone_castream import NECK, build_backbone, build_layers, feature_channels, read_feature_maps
+from .backbone_castream import (
+    build_backbone,
+    build_layers,
+    feature_channels,
+    num_input_channels,
+    read_feature_maps,
+)
 from .configuration_castream import CAStreamConfig, resolve_pooling
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
+from .network_castream import NECK, TimmNetwork
 
 
 @dataclass
@@ -263,7 +270,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
         Raises:
             ValueError: on an input that is not such a batch.
         """
-        expected = getattr(self.config.backbone_config, "num_channels", 3)
+        expected = num_input_channels(self.config)
         if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(
@@ -331,7 +338,10 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             config.head_layers, config.stream_channels[-1], spatial=False, name="head_layers"
         )
         num_features *= 2 if config.classifier_cls_token else 1
-        self.classifier = nn.Linear(num_features, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        if isinstance(self.castream.backbone, TimmNetwork):
+            num_features = self.castream.backbone.num_features
+        has_classifier = num_features is not None and config.num_labels > 0
+        self.classifier = nn.Linear(num_features, config.num_labels) if has_classifier else nn.Identity()
         self.supports_gradient_checkpointing = self.castream.supports_gradient_checkpointing
         self.post_init()
         self.train(self.training)
@@ -349,13 +359,28 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
 
         return ImageExplanationPipeline(model=self, image_processor=image_processor)
 
+    def readout(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
+        """What the linear classifier reads, (batch_size, num_features), of a pooled vector and a CLS token.
+
+        With class-specific queries one for each class: (batch_size, num_labels, num_features).
+        """
+        if isinstance(self.castream.backbone, TimmNetwork):
+            return self.castream.backbone.readout(pooler_output)
+        features = self.head(pooler_output)
+        if cls_token is None:
+            return features
+        if features.ndim == 3:
+            cls_token = cls_token[:, None].expand(-1, features.shape[1], -1)
+        return torch.cat([cls_token, features], dim=-1)
+
+    @property
+    def has_linear_readout(self) -> bool:
+        """Whether the linear classifier reads the pooled vector itself, or the end of what it reads is that vector."""
+        return not len(self.head) and not isinstance(self.castream.backbone, TimmNetwork)
+
     def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""
-        features = self.head(pooler_output)
-        if cls_token is not None:
-            if features.ndim == 3:
-                cls_token = cls_token[:, None].expand(-1, features.shape[1], -1)
-            features = torch.cat([cls_token, features], dim=-1)
+        features = self.readout(pooler_output, cls_token)
         if features.ndim == 3:  # class c reads its own token: the diagonal of classifier(token_c)
             return (features * self.classifier.weight).sum(-1) + self.classifier.bias
         return self.classifier(features)

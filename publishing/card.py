@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict | None:
 
 def _backbone_name(config: dict) -> str:
     backbone = config.get("backbone_config") or {}
-    kind, name = backbone.get("model_type", "unknown"), backbone.get("backbone")
+    kind, name = backbone.get("model_type", "unknown"), backbone.get("backbone") or backbone.get("architecture")
     return f"timm's {name}" if name else kind
 
 

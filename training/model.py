@@ -165,9 +165,8 @@ def _pooled_features(accelerator: Accelerator, objective: Objective, batches: It
         with accelerator.autocast():
             features = batch["features"] if "features" in batch else objective.extract(batch)
         feature_maps, cls_token = features["view"]
-        pooled = objective.model.head(feature_maps[-1].float().mean((2, 3)))
-        pooled = pooled if cls_token is None else torch.cat([cls_token, pooled], -1)
-        found.append((pooled.float().cpu(), batch["labels"].cpu()))
+        read = objective.model.readout(feature_maps[-1].float().mean((2, 3)), cls_token)
+        found.append((read.float().cpu(), batch["labels"].cpu()))
     gathered = gather_object(found) if accelerator.num_processes > 1 else found
     return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True)) if gathered else ((), ())
 

