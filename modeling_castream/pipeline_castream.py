@@ -9,7 +9,7 @@ from transformers import Pipeline
 from transformers.image_utils import load_image
 
 from .configuration_castream import POOLINGS
-from .overlay_castream import Box, blend, color_map, to_original, visible_box
+from .overlay_castream import Box, Overlay, color_map, to_original, visible_box
 from .saliency_castream import METHODS, explain_features, extract, resolve_layer, resolve_target, upsample_maps
 
 _MOST_REMEMBERED_SIZES = 256
@@ -75,7 +75,8 @@ class ImageExplanationPipeline(Pipeline):
             - **saliency** (`np.ndarray`): (height, width) of the image given, float32 in [0, 1].
             - **box** (`tuple`): left, top, right, bottom of the part that the model saw, in pixels. Processors that
               crop leave out the rest: `saliency` is 0 there and says nothing about it.
-            - **overlay** (`PIL.Image`): the map over the image; grey and pale outside of `box`.
+            - **overlay** (`PIL.Image`): the map over the image; grey and pale outside of `box`. Its pixels are made
+              when they are first asked for.
 
         Raises:
             ValueError: on an unknown method, pooling, layer or class, an opacity outside [0, 1], or no image.
@@ -149,7 +150,7 @@ class ImageExplanationPipeline(Pipeline):
                         "layer": layer,
                         "saliency": saliency,
                         "box": tuple(np.clip(box, 0, [image.width, image.height] * 2).tolist()),
-                        "overlay": blend(image, saliency, box, alpha),
+                        "overlay": Overlay(image, saliency, box, alpha),
                     }
                 )
         return answers

@@ -186,7 +186,10 @@ def explain_features(
 def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Bilinear, corners not aligned, not rescaled: (batch_size, ..., height_l, width_l) -> (batch_size, ..., *size)."""
     flat = maps.reshape(-1, 1, *maps.shape[-2:])
-    return F.interpolate(flat, tuple(size), mode="bilinear", align_corners=False).reshape(*maps.shape[:-2], *size)
+    upsampled = F.interpolate(flat, tuple(size), mode="bilinear", align_corners=False)
+    # Rounding alone leaves a map's own extremes by an ulp.
+    upsampled = upsampled.clamp(flat.amin((2, 3), keepdim=True), flat.amax((2, 3), keepdim=True))
+    return upsampled.reshape(*maps.shape[:-2], *size)
 
 
 def empty_maps(maps: torch.Tensor) -> torch.Tensor:
