@@ -125,9 +125,21 @@ def open_table(path: str, split: str, label_column: str | None = None) -> Photos
         rows = [row for row in rows if row.pop("split") in wanted]
         if not rows:
             raise ValueError(f"{path} has no rows of the split {split!r}.")
-    elif _canonical(split) != "train" and not _names_split(name, split):
-        raise ValueError(f"{path} names no splits, so that all of it is 'train', and there is no {split!r}.")
+    else:
+        check_single_file(path, split)
     return _with_columns(rows, tree, notes, label_column)
+
+
+def check_single_file(path: str, split: str) -> None:
+    """A single file is for training, unless its name says otherwise.
+
+    Raises:
+        ValueError: where the split is another one.
+    """
+    name = posixpath.basename(path)
+    names = SPLIT_NAMES.get(_canonical(split), (split,))
+    if _canonical(split) != "train" and not any(_names_split(name, alias) for alias in names):
+        raise ValueError(f"{path} names no split, so that all of it is 'train', and there is no {split!r}.")
 
 
 def photos_of(paths: Iterable[str], label_column: str | None = None) -> Photos:

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .decoding import DECODING_ERRORS, read_image
-from .opening import Split
+from .split import Split
 from .sharding import ShardPlan
 from .transforms import ImageTransform, random_mask_noise
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from castream.data.decoding import open_image
-from castream.data.opening import count_rows, open_split
+from castream.data.opening import open_split
+from castream.data.split import count_rows
 from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation.data import (
     Examples,
