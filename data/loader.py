@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from .decoding import DECODING_ERRORS, read_image
-from .split import Split
 from .sharding import ShardPlan
+from .split import Split
 from .transforms import ImageTransform, random_mask_noise
 
 _LISTED = ("key", "images")  # what `collate` does not merely stack
