@@ -2,9 +2,11 @@
 
 import copy
 
+from .requirements_castream import check_versions  # noqa: F401, I001 - first: what is too old says so in one line
+
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers import AutoConfig, ResNetConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 POOLINGS = ("ca", "gap")
 VARIANTS = ("stream", "final")
@@ -106,9 +108,7 @@ class CAStreamConfig(PreTrainedConfig):
     """
 
     model_type = "castream"
-    sub_configs_defaults = {  # noqa: RUF012 - the name and the kind are PreTrainedConfig's
-        "backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="resnet", init_kwargs={})
-    }
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - the name and the kind are PreTrainedConfig's
 
     backbone_config: dict | PreTrainedConfig | None = None
     pooling: str = "ca"
@@ -126,13 +126,17 @@ class CAStreamConfig(PreTrainedConfig):
     classifier_cls_token: bool = False
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.backbone_config, dict) and "model_type" not in self.backbone_config:
-            raise ValueError(
-                "backbone_config is a dictionary without 'model_type': add it, e.g. {'model_type': 'resnet', ...}."
-            )
-        super().__post_init__(**kwargs)
+        if self.backbone_config is None:
+            self.backbone_config = ResNetConfig()
+        elif isinstance(self.backbone_config, dict):
+            if "model_type" not in self.backbone_config:
+                raise ValueError(
+                    "backbone_config is a dictionary without 'model_type': add it, e.g. {'model_type': 'resnet', ...}."
+                )
+            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         # The model narrows out_features to what the stream reads; the caller's object must not feel that.
         self.backbone_config = copy.deepcopy(self.backbone_config)
+        super().__post_init__(**kwargs)
         for name, value in vars(self.backbone_config).items():
             if isinstance(value, tuple):  # as after a reload; ConvNeXt and FocalNet take no tuples, their own defaults
                 setattr(self.backbone_config, name, list(value))
