@@ -2,7 +2,7 @@
 
 import copy
 
-from .requirements_castream import check_versions  # noqa: F401, I001 - first: what is too old says so in one line
+from .requirements_castream import check_versions  # noqa: F401 # isort: skip - first: says in one line what is too old
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, ResNetConfig
