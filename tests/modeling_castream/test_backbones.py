@@ -289,7 +289,7 @@ def test_gradient_checkpointing_leaves_gradients_equal(model_type):
         torch.manual_seed(0)  # dropout and drop path
         model(pixel_values, labels=torch.tensor([0, 1])).loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # its name in every version from 5.17 on
     checkpointed = count_checkpoints(model)
     model(pixel_values).logits.sum().backward()
     assert checkpointed
@@ -314,10 +314,10 @@ def count_checkpoints(model: nn.Module) -> list:
 def test_no_gradient_checkpointing_is_said(model_type):
     model, _ = transformers_model(model_type)
     with pytest.raises(ValueError, match="does not support activation checkpointing"):
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # its name in every version from 5.17 on
 
 
 def test_no_gradient_checkpointing_of_timm_is_said():
     model, _ = random_model(tiny_timm(), 64)
     with pytest.raises(ValueError, match="does not support activation checkpointing"):
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()  # its name in every version from 5.17 on
