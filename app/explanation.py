@@ -1,14 +1,16 @@
 """What the page computes: the classes of a photo, maps for one of them, and what is left of its probability."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 METHODS = {"attention_cam": "Attention-CAM", "grad_cam": "Grad-CAM", "grad_cam_plus_plus": "Grad-CAM++"}
 POOLINGS = {"gap": "GAP", "ca": "CA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS += tuple({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))  # phones', where Pillow can
 MOST_PIXELS = 40_000_000
 LARGEST_SIDE = 512
 MOST_ELONGATED = 20
@@ -58,27 +60,34 @@ class Explanation:
     attention_title: str
 
 
-def open_photo(path: str) -> Image.Image:
+def open_photo(path: str, decode: Callable[[Image.Image], Image.Image]) -> Image.Image:
     """Read an uploaded file as an RGB picture, upright and small enough to explain quickly.
+
+    Args:
+        decode: the pipeline's `decode_image`.
 
     Raises:
         NoPhoto: where the file is no image, a broken one, or one of extreme size or shape.
     """
+    limit = f"Please give one of at most {MOST_PIXELS // 1_000_000} megapixels."
     try:
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MOST_PIXELS:
-                raise NoPhoto(f"This image has {width} x {height} pixels. Please give one of at most 40 megapixels.")
+                raise NoPhoto(f"This image has {width} x {height} pixels. {limit}")
             if max(width, height) > MOST_ELONGATED * min(width, height):
                 raise NoPhoto(f"This image is {width} x {height} pixels, too thin to be explained.")
             image.draft("RGB", (2 * LARGEST_SIDE, 2 * LARGEST_SIDE))
-            photo = ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError):
+            photo = decode(image)
+    except NoPhoto:
+        raise
+    except Image.DecompressionBombError:
+        raise NoPhoto(f"This image has far too many pixels. {limit}") from None
+    except UnidentifiedImageError:
         raise NoPhoto("This file is not an image that can be read. Please give a JPEG, PNG or WebP picture.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        if isinstance(error, NoPhoto):
-            raise
-        raise NoPhoto("This image is damaged: it cannot be decoded.") from None
+    except Exception as error:  # decoders raise whatever they meet in a broken file
+        reason = error if isinstance(error, ValueError) else "its header cannot be read."
+        raise NoPhoto(f"This image is damaged, or of a kind that is not understood: {reason}") from None
     photo.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     return photo
 
@@ -105,7 +114,10 @@ class Explainer:
         probabilities = self._probabilities([photo], [pooling])[pooling][0]
         scores, ids = probabilities.topk(min(top_k, len(probabilities)))
         labels = self.pipe.model.config.id2label
-        return [(index, labels[index], score) for index, score in zip(ids.tolist(), scores.tolist(), strict=True)]
+        return [
+            (index, labels.get(index, f"LABEL_{index}"), score)
+            for index, score in zip(ids.tolist(), scores.tolist(), strict=True)
+        ]
 
     def explain(self, photo: Image.Image, class_id: int) -> Explanation:
         """All maps for one class, which its label need not name alone."""

@@ -60,7 +60,7 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
             if path is None:
                 return None, "", gr.Radio([], value=None, visible=False)
             try:
-                photo = open_photo(path)
+                photo = open_photo(path, explainer.pipe.decode_image)
             except NoPhoto as error:
                 return None, f"**{error}**", gr.Radio([], value=None, visible=False)
             found = explainer.classes(photo)

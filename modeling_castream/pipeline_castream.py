@@ -6,11 +6,19 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import Pipeline
-from transformers.image_utils import load_image
 
 from .configuration_castream import POOLINGS
+from .decoding_castream import decode_image
 from .overlay_castream import Box, Overlay, color_map, to_original, visible_box
-from .saliency_castream import METHODS, explain_features, extract, resolve_layer, resolve_target, upsample_maps
+from .saliency_castream import (
+    METHODS,
+    Target,
+    explain_features,
+    extract,
+    resolve_layer,
+    resolve_target,
+    upsample_maps,
+)
 
 _MOST_REMEMBERED_SIZES = 256
 
@@ -35,6 +43,7 @@ class ImageExplanationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     color_map = staticmethod(color_map)
+    decode_image = staticmethod(decode_image)
 
     def __init__(self, *args, **kwargs):
         self._boxes: dict[tuple[int, int], Box] = {}
@@ -50,15 +59,15 @@ class ImageExplanationPipeline(Pipeline):
         """Explain one image, or several.
 
         Args:
-            inputs (`str`, `PIL.Image`, or a list, dataset or generator of these):
-                A path, a URL or a picture. A generator yields its answers as they are ready.
+            inputs (whatever `decode_image` takes, or a list, tuple, dataset or generator of it):
+                A path, a URL, bytes, a picture or an array. A generator yields its answers as they are ready.
             method (`str` or `list[str]`, defaults to `"grad_cam"`):
                 One or more of `explain`'s methods; all share one pass through the backbone.
             pooling (`str` or `list[str]`, *optional*):
                 `"ca"`, `"gap"`, both, or None for the model's own.
             layer (`int` or `str`, defaults to -1):
                 Where the map is read: an index or a name out of `config.stream_layers`, or `"all"`.
-            target (`int`, `str` or a list of them, *optional*):
+            target (`int`, `str`, or a list, range, array or tensor of them, *optional*):
                 Class ids or labels to explain, instead of the most likely ones.
             top_k (`int`, defaults to 5):
                 How many of the most likely classes to explain, as in image classification.
@@ -81,6 +90,10 @@ class ImageExplanationPipeline(Pipeline):
         Raises:
             ValueError: on an unknown method, pooling, layer or class, an opacity outside [0, 1], or no image.
         """
+        if isinstance(inputs, tuple) or getattr(inputs, "ndim", 0) == 4:
+            inputs = list(inputs)
+        if isinstance(inputs, list) and not inputs:
+            return []
         return super().__call__(inputs, **kwargs)
 
     def _sanitize_parameters(
@@ -99,7 +112,7 @@ class ImageExplanationPipeline(Pipeline):
         return tuple({name: value for name, value in part.items() if value is not None} for part in given)
 
     def preprocess(self, inputs, timeout: float | None = None) -> dict:
-        image = load_image(inputs, timeout=timeout)
+        image = decode_image(inputs, timeout)
         pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "image": image}
 
@@ -109,7 +122,7 @@ class ImageExplanationPipeline(Pipeline):
         method: Sequence[str] = ("grad_cam",),
         pooling: Sequence[str] | None = None,
         layer: int | str = -1,
-        target: int | str | Sequence[int | str] | None = None,
+        target: Target = None,
         top_k: int = 5,
     ) -> dict:
         config, pixel_values = self.model.config, model_inputs["pixel_values"]
@@ -143,7 +156,7 @@ class ImageExplanationPipeline(Pipeline):
             for (method, pooling, layer), saliency in zip(kinds, placed, strict=True):
                 answers.append(
                     {
-                        "label": self.model.config.id2label[target],
+                        "label": self.model.config.id2label.get(target, f"LABEL_{target}"),
                         "score": target_scores[poolings.index(pooling)].item(),
                         "method": method,
                         "pooling": pooling,
@@ -168,7 +181,9 @@ class ImageExplanationPipeline(Pipeline):
         """Class ids (batch_size, num_targets): the given ones for every image, or each image's most likely."""
         if target is None:
             return logits.topk(min(top_k, logits.shape[-1])).indices
-        several = target if isinstance(target, (list, tuple)) else [target]
+        several = list(target) if np.ndim(target) else [target]
+        if not several:
+            raise ValueError("target must hold at least one class, got none: leave it out for the most likely ones.")
         ids = [resolve_target(self.model.config, one, 1) for one in several]
         return torch.stack(ids, dim=1).expand(len(logits), -1).to(logits.device)
 

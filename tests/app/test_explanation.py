@@ -6,8 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
+from modeling_castream.decoding_castream import decode_image
 from tests.app.conftest import APP
 
 
@@ -23,7 +24,7 @@ def explainer(model_dir):
 def explanation(explainer, photos):
     from explanation import open_photo
 
-    photo = open_photo(photos[0])
+    photo = open_photo(photos[0], decode_image)
     return explainer.explain(photo, explainer.classes(photo)[0][0])
 
 
@@ -42,7 +43,7 @@ def test_what_is_no_image_is_refused_without_its_path(tmp_path, content, message
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)
     with pytest.raises(NoPhoto, match=message) as caught:
-        open_photo(str(path))
+        open_photo(str(path), decode_image)
     assert str(tmp_path) not in str(caught.value)
 
 
@@ -51,7 +52,7 @@ def test_a_truncated_image_is_refused(tmp_path, photos):
 
     (tmp_path / "photo.png").write_bytes(photos[0].read_bytes()[:2000])
     with pytest.raises(NoPhoto, match="damaged"):
-        open_photo(str(tmp_path / "photo.png"))
+        open_photo(str(tmp_path / "photo.png"), decode_image)
 
 
 @pytest.mark.parametrize(("size", "message"), [((8000, 6000), "at most 40 megapixels"), ((900, 10), "too thin")])
@@ -60,7 +61,7 @@ def test_extreme_images_are_refused(tmp_path, size, message):
 
     Image.new("L", size).save(tmp_path / "photo.png")
     with pytest.raises(NoPhoto, match=message):
-        open_photo(str(tmp_path / "photo.png"))
+        open_photo(str(tmp_path / "photo.png"), decode_image)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "I;16"])
@@ -69,8 +70,47 @@ def test_every_kind_of_picture_becomes_a_small_rgb_one(tmp_path, mode):
 
     path = tmp_path / ("photo.jpg" if mode == "CMYK" else "photo.png")
     Image.new(mode, (1400, 700)).save(path)
-    photo = open_photo(str(path))
+    photo = open_photo(str(path), decode_image)
     assert photo.mode == "RGB" and photo.size == (LARGEST_SIDE, LARGEST_SIDE // 2)
+
+
+def test_more_pixels_than_pillow_opens_are_told(tmp_path, monkeypatch):
+    from explanation import NoPhoto, open_photo
+
+    Image.new("1", (300, 300)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)
+    with pytest.raises(NoPhoto, match=r"far too many pixels\. Please give one of at most 40 megapixels"):
+        open_photo(str(tmp_path / "photo.png"), decode_image)
+
+
+def test_damaged_metadata_does_not_cost_the_photo(tmp_path):
+    from explanation import open_photo
+
+    Image.new("RGB", (300, 200), "red").save(tmp_path / "photo.jpg", exif=b"Exif\0\0II*\0garbage")
+    photo = open_photo(str(tmp_path / "photo.jpg"), decode_image)
+    assert photo.size == (300, 200) and not photo.info
+
+
+def test_bits_and_opacity_are_what_a_viewer_shows(tmp_path):
+    from explanation import NoPhoto, open_photo
+
+    path = str(tmp_path / "photo.tiff")
+    for array, expected in ((np.full((9, 9), 128 * 257, np.uint16), 128), (np.full((9, 9), 0.5, np.float32), 128)):
+        Image.fromarray(array).save(path)
+        assert (np.asarray(open_photo(path, decode_image)) == expected).all()
+    Image.new("RGBA", (9, 9), (200, 0, 0, 0)).save(path)
+    assert (np.asarray(open_photo(path, decode_image)) == 255).all()
+    Image.fromarray(np.full((9, 9), 1e4, np.float32)).save(path)
+    with pytest.raises(NoPhoto, match="its values go from 10000 to 10000"):
+        open_photo(path, decode_image)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow was built without AVIF")
+def test_photos_of_phones_are_opened_where_pillow_can(tmp_path):
+    from explanation import open_photo
+
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.avif")
+    assert open_photo(str(tmp_path / "photo.avif"), decode_image).size == (30, 20)
 
 
 def test_a_photo_is_turned_upright(tmp_path):
@@ -79,7 +119,7 @@ def test_a_photo_is_turned_upright(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     Image.new("RGB", (300, 200)).save(tmp_path / "photo.jpg", exif=exif)
-    assert open_photo(str(tmp_path / "photo.jpg")).size == (200, 300)
+    assert open_photo(str(tmp_path / "photo.jpg"), decode_image).size == (200, 300)
 
 
 def test_maps_are_the_pipeline_s(explainer, explanation):

@@ -1,5 +1,7 @@
 """The image-explanation pipeline: overlays that lie where the model looked, on any image, through any processor."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +101,41 @@ def test_a_batch_a_list_and_a_generator_equal_single_images(pipe, tmp_path):
                 np.testing.assert_allclose(ours["saliency"], theirs["saliency"], atol=1e-4)
 
 
+def test_every_holder_of_a_photo_is_explained_alike(pipe, tmp_path):
+    path = tmp_path / "photo.png"
+    PHOTO.save(path)
+    array = np.asarray(PHOTO)
+    [expected] = pipe(PHOTO, top_k=1)
+    for holder in (array, path, path.read_bytes(), io.BytesIO(path.read_bytes()), {"bytes": None, "path": str(path)}):
+        [answer] = pipe(holder, top_k=1)
+        assert answer["label"] == expected["label"] and np.array_equal(answer["saliency"], expected["saliency"])
+    for several in ((PHOTO, path), np.stack([array, array]), torch.from_numpy(np.stack([array, array]))):
+        answers = pipe(several, top_k=1)
+        assert len(answers) == 2
+        for [answer] in answers:
+            assert np.array_equal(answer["saliency"], expected["saliency"])
+    assert pipe([]) == [] and pipe(()) == []
+
+
+def test_sixteen_bits_are_explained_as_the_eight_that_a_viewer_shows(pipe, tmp_path):
+    grey = np.asarray(PHOTO.convert("L"))
+    path = tmp_path / "deep.png"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(path)
+    for shallow, deep in zip(pipe(grey), pipe(path), strict=True):
+        assert shallow["score"] == deep["score"] and np.array_equal(shallow["saliency"], deep["saliency"])
+
+
+@pytest.mark.parametrize("target", [range(1, 3), torch.tensor([1, 2]), np.array([1, 2]), (1, "LABEL_2")])
+def test_targets_come_in_any_sequence(pipe, target):
+    assert [answer["label"] for answer in pipe(PHOTO, target=target)] == ["LABEL_1", "LABEL_2"]
+    assert [answer["label"] for answer in pipe(PHOTO, target=target[0])] == ["LABEL_1"]
+
+
+def test_classes_without_a_label_are_called_by_number(pipe):
+    pipe.model.config.id2label = {0: "cat", 3: "dog", 7: "fox", 8: "owl", 9: "bat"}
+    assert [answer["label"] for answer in pipe(PHOTO, target=range(4))] == ["cat", "LABEL_1", "LABEL_2", "dog"]
+
+
 def test_several_methods_poolings_and_layers_at_once(pipe):
     answers = pipe(PHOTO, method=["grad_cam", "raw_attention"], pooling=["gap", "ca"], target=["LABEL_1", 4])
     kinds = [(answer["label"], answer["method"], answer["pooling"]) for answer in answers]
@@ -130,6 +167,7 @@ def test_a_multi_label_model_s_scores_are_sigmoids():
         ({"layer": "stage9"}, "layer must be one of"),
         ({"target": 5}, "class ids from 0 to 4"),
         ({"target": "unicorn"}, "a label of the model"),
+        ({"target": []}, "target must hold at least one class"),
         ({"top_k": 0}, "top_k must be"),
         ({"alpha": 1.5}, "alpha must lie between 0"),
     ],
