@@ -145,10 +145,9 @@ class Explainer:
         model = self.pipe.model
         pixel_values = self.pipe.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
-        multi_label = model.config.problem_type == "multi_label_classification"
         with torch.no_grad():
             logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in poolings}
-        return {pooling: values.sigmoid() if multi_label else values.softmax(-1) for pooling, values in logits.items()}
+        return {pooling: model.probabilities(values) for pooling, values in logits.items()}
 
 
 def _to_bytes(saliency: np.ndarray) -> np.ndarray:

@@ -57,7 +57,7 @@ class Scorer:
     def logits(self, features: Features) -> dict[str, torch.Tensor]:
         """Logits (batch_size, num_labels), float32, by scoring.
 
-        Each pooling is computed once, and GAP without the attention maps that `pool_features` returns beside it.
+        Each pooling is computed once.
         """
         model, feature_maps, cls_token = self.model, features.feature_maps, features.cls_token
         by_scoring = {}
@@ -78,7 +78,7 @@ class Scorer:
         return any(scoring.startswith(pooling) for scoring in self.scorings)
 
     def probabilities(self, features: Features) -> dict[str, torch.Tensor]:
-        """Softmax probabilities (batch_size, num_labels) by scoring; for multi-label models each class's own.
+        """Probabilities (batch_size, num_labels) by scoring, as the model's `probabilities` has them.
 
         Raises:
             ValueError: on NaN or infinite logits.
@@ -91,7 +91,7 @@ class Scorer:
                     f"logits under {scoring} are NaN or infinite for image {bad} of a batch: the weights or, under "
                     f"autocast={self.settings.autocast!r}, the precision are broken."
                 )
-            by_scoring[scoring] = logits.sigmoid() if self.multi_label else logits.softmax(-1)
+            by_scoring[scoring] = self.model.probabilities(logits)
         return by_scoring
 
     def score(self, pixel_values: torch.Tensor, target: torch.Tensor) -> Scores:

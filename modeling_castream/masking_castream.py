@@ -26,7 +26,7 @@ def score_cam_weights(
     chunk_size: int | None = None,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[str, torch.Tensor]:
-    """w_k = softmax probability of the class for the image masked by channel k.
+    """w_k = probability of the class for the image masked by channel k.
 
     The masks do not depend on the pooling: one pass through the backbone serves all poolings and targets. A channel
     that is constant over the image has the mask 0; all such channels share one black image.
@@ -90,15 +90,10 @@ def _masks(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 def _probabilities(
     features: Features, images: torch.Tensor, poolings: dict, autocast_dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """Softmax probabilities (n, num_labels) under each pooling, of one pass through the backbone."""
+    """Probabilities (n, num_labels) under each pooling, of one pass through the backbone."""
     maps, cls_token = run_backbone(features.model, images, autocast_dtype or features.autocast_dtype)
-    logits = {}
-    for name in poolings:
-        if name == "gap":  # pool_and_classify would run the stream as well
-            logits[name] = _classify_with_query(features.model, None, maps[-1], cls_token)
-        else:
-            logits[name] = pool_and_classify(features.model, maps, cls_token, name).logits
-    return {name: one.float().softmax(-1) for name, one in logits.items()}
+    logits = {name: pool_and_classify(features.model, maps, cls_token, name).logits for name in poolings}
+    return {name: features.model.probabilities(one) for name, one in logits.items()}
 
 
 def ablation_cam_weights(

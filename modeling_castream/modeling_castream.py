@@ -290,12 +290,12 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
         Returns:
             The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
-            class-specific and pooling is `"ca"`; and the stream's attention maps, which `"gap"` does not use.
+            class-specific and pooling is `"ca"`; and the attention maps that pooled it: none under `"gap"`, which does
+            not run the stream.
         """
-        pooling = resolve_pooling(self.config, pooling)
+        if resolve_pooling(self.config, pooling) == "gap":
+            return feature_maps[-1].mean((2, 3)), ()
         query, attention_maps = self.stream(feature_maps)
-        if pooling == "gap":
-            return feature_maps[-1].mean((2, 3)), attention_maps
         return (query if self.config.query == "class_specific" else query.squeeze(1)), attention_maps
 
     @can_return_tuple
@@ -318,6 +318,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         feature_maps, cls_token = self.extract_features(pixel_values)
         pooler_output, attention_maps = self.pool_features(feature_maps, pooling)
+        if not attention_maps:
+            _, attention_maps = self.stream(feature_maps)
         return CAStreamModelOutput(
             last_hidden_state=feature_maps[-1],
             pooler_output=pooler_output,
@@ -384,6 +386,19 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         if features.ndim == 3:  # class c reads its own token: the diagonal of classifier(token_c)
             return (features * self.classifier.weight).sum(-1) + self.classifier.bias
         return self.classifier(features)
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """What logits (..., num_labels) say in [0, 1], float32: softmax over classes; for a multi-label model, and for
+        a single logit, each class's own sigmoid.
+
+        Raises:
+            ValueError: for a regression, whose outputs are no classes'.
+        """
+        if self.config.problem_type == "regression":
+            raise ValueError("problem_type is 'regression': its outputs are values, not scores of classes.")
+        logits = logits.float()
+        independent = self.config.problem_type == "multi_label_classification" or logits.shape[-1] == 1
+        return logits.sigmoid() if independent else logits.softmax(-1)
 
     @can_return_tuple
     def forward(

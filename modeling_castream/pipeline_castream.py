@@ -188,10 +188,10 @@ class ImageExplanationPipeline(Pipeline):
         return torch.stack(ids, dim=1).expand(len(logits), -1).to(logits.device)
 
     def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Probabilities of the targets: independent ones for a multi-label model, else they sum to 1 over classes."""
-        multi_label = self.model.config.problem_type == "multi_label_classification"
-        probabilities = logits.float().sigmoid() if multi_label else logits.float().softmax(-1)
-        return probabilities.gather(1, targets)
+        """Probabilities of the targets; of a regression, whose outputs are no probabilities, the outputs themselves."""
+        config = self.model.config
+        scores = logits.float() if config.problem_type == "regression" else self.model.probabilities(logits)
+        return scores.gather(1, targets)
 
 
 def _several(values: str | Sequence[str], allowed: Sequence[str], name: str) -> list[str]:

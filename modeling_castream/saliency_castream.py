@@ -282,7 +282,7 @@ def _raw_maps(
 
 def _attention(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
     """A block's attention (batch_size, num_heads, height_l, width_l), float32; the target's if class-specific."""
-    attention = features.pool(pooling).attention_maps[layer].float()
+    attention = features.pool("ca").attention_maps[layer].float()  # the same under either pooling
     if features.model.config.query == "class_specific":
         return attention[torch.arange(len(target), device=target.device), target][:, None]
     return attention

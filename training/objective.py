@@ -130,6 +130,8 @@ class Objective(nn.Module):
             if self.uses_masks:
                 masked, _ = self._logits(features["masked"], self.pooling)
                 loss = loss + self._confirmed(teacher, masked)
+        if not attention_maps:  # pooling="gap" trains what lies around the stream, and does not run it
+            _, attention_maps = self.model.castream.stream(features["view"][0])
         first = tuple(attention[:ENTROPY_IMAGES] for attention in attention_maps)
         entropy = attention_entropy(first) * (len(logits) / len(first[0]))
         return {"loss": loss, "entropy": entropy} | self._accuracy(logits, labels)

@@ -126,6 +126,8 @@ def test_normalize_maps():
 class ToyClassifier(nn.Module):
     """A model whose feature map is its image: a stream of one block, q = (1, 0), and two classes."""
 
+    has_linear_readout = True
+
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(
@@ -144,8 +146,13 @@ class ToyClassifier(nn.Module):
             self.classifier.bias.copy_(torch.tensor([0.25, -0.5]))
 
     def pool_features(self, feature_maps, pooling):
+        if pooling == "gap":
+            return feature_maps[-1].mean((2, 3)), ()
         query, attention_maps = self.castream.stream(feature_maps)
-        return (feature_maps[-1].mean((2, 3)) if pooling == "gap" else query.squeeze(1)), attention_maps
+        return query.squeeze(1), attention_maps
+
+    def probabilities(self, logits):
+        return logits.softmax(-1)
 
     def classify(self, pooler_output, cls_token=None):
         return self.classifier(pooler_output)

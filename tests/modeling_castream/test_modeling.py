@@ -216,3 +216,36 @@ def test_parameter_counts(options, total, added):
         model = CAStreamForImageClassification(CAStreamConfig(backbone_config=ResNetConfig(**options), num_labels=1000))
     assert sum(p.numel() for p in model.parameters()) == total
     assert sum(p.numel() for p in model.castream.stream.parameters()) == added
+
+
+def with_problem(problem_type: str | None, num_labels: int) -> CAStreamForImageClassification:
+    config = CAStreamConfig(backbone_config=tiny_resnet(), num_labels=num_labels, problem_type=problem_type)
+    return CAStreamForImageClassification(config)
+
+
+def test_probabilities_follow_the_kind_of_problem():
+    """Softmax over classes, each class's own sigmoid for several labels, transformers' sigmoid for a single logit."""
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    torch.testing.assert_close(with_problem(None, 2).probabilities(logits), torch.tensor([[0.25, 0.75]]))
+    several = with_problem("multi_label_classification", 2)
+    torch.testing.assert_close(several.probabilities(logits), torch.tensor([[0.5, 0.75]]))
+    torch.testing.assert_close(with_problem(None, 1).probabilities(logits[:, 1:]), torch.tensor([[0.75]]))
+    with pytest.raises(ValueError, match="regression"):
+        with_problem("regression", 2).probabilities(logits)
+
+
+def test_average_pooling_does_not_run_the_stream(monkeypatch):
+    model = with_problem(None, 3).eval()
+    feature_maps, _ = model.castream.extract_features(torch.randn(1, 3, 32, 32))
+    monkeypatch.setattr(model.castream.stream, "forward", None)  # calling it raises
+    pooled, attention_maps = model.castream.pool_features(feature_maps, "gap")
+    torch.testing.assert_close(pooled, feature_maps[-1].mean((2, 3)))
+    assert attention_maps == ()
+
+
+def test_a_forward_pass_gives_attention_maps_under_either_pooling():
+    model, pixel_values = with_problem(None, 3).eval(), torch.randn(1, 3, 64, 64)
+    maps = {pooling: model(pixel_values, pooling=pooling).attention_maps for pooling in ("ca", "gap")}
+    assert len(maps["gap"]) == len(model.config.stream_layers)
+    for under_ca, under_gap in zip(maps["ca"], maps["gap"], strict=True):
+        torch.testing.assert_close(under_ca, under_gap)

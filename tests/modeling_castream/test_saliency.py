@@ -10,7 +10,7 @@ from transformers import Dinov2Config, SwinConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
 from modeling_castream.saliency_castream import METHODS, empty_maps, explain_features, extract
-from tests.modeling_castream.tiny import tiny_model
+from tests.modeling_castream.tiny import tiny_model, tiny_resnet
 
 RAW = {"relu": False, "normalize": False, "upsample": False}
 POOLINGS = ("ca", "gap")
@@ -498,3 +498,17 @@ def test_bad_models_and_images_are_one_clear_error():
     for pixel_values in (torch.zeros(3, 64, 64), None, torch.zeros(1, 1, 64, 64)):
         with pytest.raises(ValueError, match="pixel_values must have the shape"):
             explain(model, pixel_values)
+
+
+def test_score_cam_of_several_labels_takes_each_labels_own_probability():
+    """Under softmax, what is done to label 1 would move label 0's map."""
+    config = CAStreamConfig(
+        backbone_config=tiny_resnet(), num_labels=3, problem_type="multi_label_classification", init="reference"
+    )
+    torch.manual_seed(0)
+    model, pixel_values = CAStreamForImageClassification(config).eval(), torch.randn(1, 3, 64, 64)
+    before = explain(model, pixel_values, target=0, method="score_cam")
+    with torch.no_grad():
+        model.classifier.weight[1] *= 10
+    torch.testing.assert_close(explain(model, pixel_values, target=0, method="score_cam"), before)
+    assert before.max() > 0.9
