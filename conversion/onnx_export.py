@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
+from castream.artifacts.models import load_model
 from torch import nn
 from transformers import AutoImageProcessor
 
@@ -93,10 +94,7 @@ def export_onnx(
         ValueError: where the model can't be read or exported, or a difference exceeds 1e-4; then nothing is written.
     """
     output = Path(output).absolute()
-    try:
-        model = CAStreamForImageClassification.from_pretrained(folder, dtype=torch.float32)
-    except OSError as error:
-        raise ValueError(f"--model {folder} is no readable model: {str(error).splitlines()[0]}") from None
+    model = load_model(folder, dtype=torch.float32)
     module, (height, width) = LogitsAndAttention(model, pooling).eval(), _image_size(folder)
     generator = torch.Generator().manual_seed(0)
     other = (3, height, width) if fixed_size else (1, height + 32, width + 64)

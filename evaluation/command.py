@@ -156,6 +156,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
 
     from accelerate import Accelerator
+    from castream.artifacts.models import load_image_processor, load_model
     from castream.data.opening import open_split
 
     from .allocator import keep_freed_memory
@@ -164,7 +165,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     keep_freed_memory()
     accelerator = Accelerator()
-    model, image_processor = _load_model(options.model)
+    model, image_processor = load_model(options.model), load_image_processor(options.model)
     split = open_split(
         options.dataset,
         options.split,
@@ -188,29 +189,3 @@ def _evaluate(options: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         print(report.markdown())
         print(f"Written to {options.output}: {', '.join(sorted(path.name for path in options.output.iterdir()))}")
-
-
-def _load_model(name: str):
-    """A classifier and its image processor.
-
-    Raises:
-        ValueError: there is none, or it is of another kind.
-    """
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-    from transformers.image_processing_utils import BaseImageProcessor
-
-    from modeling_castream import CAStreamImageProcessor
-
-    try:
-        model = AutoModelForImageClassification.from_pretrained(name, trust_remote_code=False)
-        saved, _ = BaseImageProcessor.get_image_processor_dict(name)
-        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
-        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
-        image_processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {error}") from None
-    if model.config.model_type != "castream":
-        raise ValueError(
-            f"model {name!r} is a {model.config.model_type}: convert it first, with python -m conversion classifier."
-        )
-    return model.eval(), image_processor

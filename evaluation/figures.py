@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from castream.artifacts.files import new_file
 
 from .perturbation import upsample_saliency
 from .settings import CURVE_METRICS
-from .store import write_atomically
 
 COLOUR_MAP = "inferno"  # the pipeline's overlay has it, too; perceptually even and readable with any colour vision
 OPACITY = 0.7
@@ -89,7 +89,8 @@ def write_examples(path: str | Path, rows: Sequence[ExampleRow], columns: Sequen
     share = left / width
     bar = figure.add_axes((share + 0.25 * (1 - share), (0.36 + below) / height, 0.5 * (1 - share), 0.1 / height))
     _draw_scale(figure, bar, notes)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    with new_file(Path(path)) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _notes(rows: Sequence[ExampleRow], width: int) -> str:
@@ -190,7 +191,8 @@ def write_curves(path: str | Path, report) -> None:
     axes[0].set_ylim(bottom=0)  # at the end: it fixes the top of all axes, too
     axes[0].set_ylabel("mean probability of the class (%)", fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    with new_file(Path(path)) as partial:
+        figure.savefig(partial, format="png")
 
 
 def _line(number: int) -> dict:

@@ -1,6 +1,5 @@
 """What an evaluation found: the per-image table, its means and intervals, and their Markdown."""
 
-import json
 import platform
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -8,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from castream.artifacts.files import new_file, write_file, write_json
 
 from .intervals import Interval, mean_intervals
 from .settings import CONTROL_MAPS, EvaluationSettings
-from .store import TABLE_NAME, Part, write_atomically
+from .store import TABLE_NAME, Part
 from .table import Row, reference_map, table_rows
 
 PACKAGES = ("castream", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow", "timm")
@@ -83,14 +83,14 @@ class Report:
 
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TABLE_NAME, self.part.write)
-        write_atomically(folder / "results.md", lambda path: path.write_text(self.markdown()))
+        with new_file(folder / TABLE_NAME) as partial:
+            self.part.write(partial)
+        write_file(folder / "results.md", self.markdown().encode())
         if self.examples:
             write_report_examples(folder / "examples.png", self)
         if "insertion" in self.settings.metrics or "deletion" in self.settings.metrics:
             write_curves(folder / "curves.png", self)
-        text = json.dumps(self.results, indent=2, allow_nan=False)
-        write_atomically(folder / "results.json", lambda path: path.write_text(text + "\n"))
+        write_json(folder / "results.json", self.results)
 
 
 def versions() -> dict[str, str | None]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from castream.artifacts.models import fingerprint_model
 from tqdm import tqdm
 
 from modeling_castream.features_castream import evaluating
@@ -20,7 +21,7 @@ from .published import published_rows
 from .report import Report, summarize
 from .scoring import Scorer
 from .settings import MASK_METRICS, EvaluationSettings
-from .store import Part, Store, fingerprint_model, fingerprint_processor
+from .store import Part, Store, fingerprint_processor
 
 SECONDS_PER_PART = 30
 MAX_SKIPPED_SHARE = 0.01

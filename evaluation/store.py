@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
+from castream.artifacts.files import new_file, read_json, write_json
 
 from .settings import METRICS
 
@@ -88,26 +87,6 @@ class Part:
         return cls(table.replace_schema_metadata(None), metadata["blocks"], metadata["skipped"])
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary sibling of `path`, then put it in its place."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def fingerprint_model(model: torch.nn.Module) -> str:
-    """A digest of a model's weights: the same model, and only that, may go on with an evaluation."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def fingerprint_processor(image_processor) -> str:
     """A digest of an image processor's settings."""
     settings = image_processor.to_dict() if hasattr(image_processor, "to_dict") else {}
@@ -136,14 +115,14 @@ class Store:
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             if path.exists():
-                self._check(json.loads(path.read_text()))
+                self._check(read_json(path))
             elif (self.folder / TABLE_NAME).exists():
                 raise ValueError(
                     f"output_dir {self.folder} holds {TABLE_NAME} of something else: choose another folder."
                 )
             else:
-                write_atomically(path, lambda temporary: temporary.write_text(json.dumps(self.identity, indent=2)))
-        except (OSError, json.JSONDecodeError) as error:
+                write_json(path, self.identity)
+        except OSError as error:
             raise ValueError(f"output_dir {self.folder} cannot be used: {error}.") from None
 
     def _check(self, found: dict) -> None:
@@ -165,12 +144,13 @@ class Store:
 
     def write_part(self, part: Part) -> None:
         """Add a part; its name is that of its first block, which no other process has."""
-        write_atomically(self.partial / f"part-{part.blocks[0]:08d}.parquet", part.write)
+        with new_file(self.partial / f"part-{part.blocks[0]:08d}.parquet") as partial:
+            part.write(partial)
 
     def write_example(self, index: int, arrays: dict[str, np.ndarray]) -> None:
         """Keep an image and its maps for the picture at the end."""
-        path = self.partial / f"example-{index:08d}.npz"
-        write_atomically(path, lambda temporary: _save_arrays(temporary, arrays))
+        with new_file(self.partial / f"example-{index:08d}.npz") as partial, partial.open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     def read_examples(self) -> dict[int, dict[str, np.ndarray]]:
         """The kept examples by index."""
@@ -185,21 +165,15 @@ class Store:
         kept, results = self.partial / f"{name}.json", self.folder / "results.json"
         if kept.exists():
             return json.loads(kept.read_text())
-        return json.loads(results.read_text()).get(name) if results.exists() else None
+        return (read_json(results, missing_ok=True) or {}).get(name)
 
     def write_value(self, name: str, value) -> None:
         """Keep a JSON value."""
-        write_atomically(self.partial / f"{name}.json", lambda temporary: temporary.write_text(json.dumps(value)))
+        write_json(self.partial / f"{name}.json", value)
 
     def finish(self) -> None:
         """Remove the parts, once the report holds what was in them, and what a killed run left half-written."""
         gone = self.partial.with_name(".finished")  # renamed at once: a kill in between leaves all parts or none
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(self.partial, gone)
-        for path in (gone, *self.folder.glob(".*.tmp*")):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
+        shutil.rmtree(gone)

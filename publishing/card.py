@@ -1,13 +1,13 @@
 """The model card: model_card.md filled with what is known of a model folder, and with nothing else."""
 
-import json
 import os
 from pathlib import Path
 
+from castream.artifacts.files import new_file, read_json, write_json
+from castream.artifacts.models import count_values, fingerprint_folder
 from huggingface_hub import ModelCard, ModelCardData
 
 from .results import check_results, describe_results, to_eval_results
-from .weights import count_values, fingerprint
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
@@ -17,30 +17,6 @@ CAPTIONS = {
     "examples.png": "Examples: image, raw attention, and each method under GAP and under CA.",
     "curves.png": "Insertion and deletion curves.",
 }
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write JSON so that a reader never meets half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=2, sort_keys=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict | None:
-    """The JSON object in a file, None where there is no file.
-
-    Raises:
-        ValueError: naming the file that is not a JSON object.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): make it again.") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__}, expected an object: make it again.")
-    return content
 
 
 def _backbone_name(config: dict) -> str:
@@ -94,7 +70,7 @@ def render_model_card(
     model_dir: Path, results: dict | None, recipe: dict | None, repo_id: str | None, origin: dict
 ) -> ModelCard:
     """Fill the template. `origin` has base_model and datasets (lists) and license (or None)."""
-    config = read_json(model_dir / "config.json")
+    config = read_json(model_dir / "config.json", missing_ok=True)
     if config is None:
         raise ValueError(f"{model_dir} has no config.json: give the folder that save_pretrained wrote.")
     name = (repo_id or model_dir.resolve().name).split("/")[-1]
@@ -169,7 +145,7 @@ def write_model_card(
     model_dir = Path(model_dir)
     if results is not None:
         check_results(results)
-        results = results | {"weights": fingerprint(model_dir)}
+        results = results | {"weights": fingerprint_folder(model_dir)}
         write_json(model_dir / "results.json", results)
     if recipe is not None:
         write_json(model_dir / "recipe.json", recipe)
@@ -183,12 +159,11 @@ def write_model_card(
     origin["datasets"] = list(datasets) if datasets else origin["datasets"]
     card = render_model_card(
         model_dir,
-        results or read_json(model_dir / "results.json"),
-        recipe or read_json(model_dir / "recipe.json"),
+        results or read_json(model_dir / "results.json", missing_ok=True),
+        recipe or read_json(model_dir / "recipe.json", missing_ok=True),
         repo_id,
         origin,
     )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    card.save(temporary)
-    os.replace(temporary, path)
+    with new_file(path) as partial:
+        card.save(partial)
     return path

@@ -5,15 +5,15 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from castream.artifacts.files import read_json
+from castream.artifacts.models import fingerprint_folder, load_image_processor, load_model
 from PIL import Image
-from transformers import AutoImageProcessor, BaseImageProcessor
 
-from modeling_castream import CAStreamForImageClassification, CAStreamImageProcessor
+from modeling_castream import CAStreamForImageClassification
 
-from .card import read_json, write_model_card
+from .card import write_model_card
 from .figure import draw_example
 from .results import check_results
-from .weights import fingerprint
 
 FOREIGN_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "model.pt", "*.ckpt")
 RESULT_FIGURES = ("examples.png", "curves.png")
@@ -66,42 +66,6 @@ def check_model_dir(model_dir: Path) -> None:
         raise ValueError(f"{model_dir} holds a model of type {model_type!r}, not 'castream': convert it first.")
 
 
-def load_model(model_dir: Path) -> CAStreamForImageClassification:
-    """The model in a folder, with every weight from there.
-
-    Raises:
-        ValueError: where files are broken, or weights are missing or left over.
-    """
-    try:
-        model, info = CAStreamForImageClassification.from_pretrained(
-            model_dir, use_safetensors=True, output_loading_info=True, local_files_only=True
-        )
-    except Exception as error:  # safetensors, JSON and config errors have no common base
-        raise ValueError(f"{model_dir} does not load: {' '.join(str(error).split())}") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            some = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise ValueError(
-                f"{model_dir} has weights that do not fit its config.json ({len(info[kind])} {kind.replace('_', ' ')}: "
-                f"{some}): save the model again."
-            )
-    return model.eval()
-
-
-def load_image_processor(folder: Path) -> BaseImageProcessor:
-    """The image processor in a folder, by this package's class where it is one of ours.
-
-    Raises:
-        ValueError: where it does not load.
-    """
-    try:
-        saved = read_json(folder / "preprocessor_config.json")
-        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
-        return (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(folder, local_files_only=True)
-    except OSError as error:
-        raise ValueError(f"{folder}'s image processor does not load: {' '.join(str(error).split())}") from error
-
-
 def read_results(publication: Publication) -> dict | None:
     """The results to publish, None without any.
 
@@ -109,7 +73,7 @@ def read_results(publication: Publication) -> dict | None:
         ValueError: where they are missing, cannot be read, or are another model's.
     """
     folder = publication.results_dir or publication.model_dir
-    results = read_json(folder / "results.json")
+    results = read_json(folder / "results.json", missing_ok=True)
     if results is None:
         if publication.results_dir is not None:
             raise ValueError(f"{folder} lacks results.json: give the output folder of `python -m evaluation`.")
@@ -117,9 +81,9 @@ def read_results(publication: Publication) -> dict | None:
     check_results(results)
     model_dir, repo_id = publication.model_dir.resolve(), publication.repo_id
     # The evaluation keeps the digest of what it evaluated in the file that lets it go on where it was.
-    weights = results.get("weights") or (read_json(folder / "evaluation.json") or {}).get("weights")
+    weights = results.get("weights") or (read_json(folder / "evaluation.json", missing_ok=True) or {}).get("weights")
     if weights is not None:
-        belongs = weights == fingerprint(model_dir)
+        belongs = weights == fingerprint_folder(model_dir)
     else:
         belongs = Path(results["model"]).name in (model_dir.name, repo_id.split("/")[1])
     if not belongs:
@@ -154,7 +118,7 @@ def assemble(publication: Publication, folder: Path, max_shard_size: str = "5GB"
     check_model_dir(model_dir)
     model = load_model(model_dir)
     results = read_results(publication)
-    recipe = read_json(model_dir / "recipe.json")
+    recipe = read_json(model_dir / "recipe.json", missing_ok=True)
     image_processor = load_image_processor(model_dir)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     image_processor.save_pretrained(folder)

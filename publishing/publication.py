@@ -6,6 +6,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from castream.artifacts.files import check_free, new_folder
+
 from .folder import Publication, assemble, list_files
 from .hub import PublishError, check_repo_id, check_token, repo_url, upload
 from .space import write_space
@@ -73,7 +75,7 @@ def publish(
         check_token()
     else:
         for target in (Path(dry_run), space_folder(dry_run)) if space else (Path(dry_run),):
-            _check_empty(target)
+            check_free(target)
     with tempfile.TemporaryDirectory(prefix="castream-publish-") as scratch:
         folder, space_dir = Path(scratch) / "model", Path(scratch) / "space"
         folder.mkdir()
@@ -82,9 +84,11 @@ def publish(
         files = list_files(folder)
         if dry_run is not None:
             if space:
-                write_space(space_dir, repo_id, None)
-                _move(space_dir, space_folder(dry_run))
-            _move(folder, Path(dry_run))
+                with new_folder(space_folder(dry_run)) as partial:
+                    write_space(partial, repo_id, None)
+            with new_folder(Path(dry_run)) as partial:
+                for path in folder.iterdir():
+                    shutil.move(path, partial)
             return Published(files, difference, str(dry_run), space_url=str(space_folder(dry_run)) if space else None)
         commit = upload(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
         if space:
@@ -100,18 +104,3 @@ def publish(
 def space_folder(dry_run: str | os.PathLike) -> Path:
     """Where a dry run puts the Space: beside the model's folder."""
     return Path(dry_run).with_name(f"{Path(dry_run).name}-space")
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not an empty folder: name another one for the dry run.")
-
-
-def _move(source: Path, target: Path) -> None:
-    """Put a finished folder in its place, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        target.rmdir()
-    sibling = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.move(source, sibling)
-    os.replace(sibling, target)

@@ -39,12 +39,12 @@ def write_space(folder: Path, repo_id: str, revision: str | None) -> None:
     """Write a Space that shows a model.
 
     Args:
-        folder: to be created.
+        folder: new or empty.
         repo_id: the model.
         revision: commit that the page loads. It runs the code in there, so it should not change unseen; None for the
             newest.
     """
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(APP.glob("*.py")) + sorted(APP.glob("*.css")):
         shutil.copyfile(path, folder / path.name)
     requirements = [f"{name}=={found}" for name in REQUIREMENTS if (found := installed(name))]

@@ -7,12 +7,11 @@ import tempfile
 from pathlib import Path
 
 import torch
+from castream.artifacts.models import load_image_processor
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_castream import CAStreamForImageClassification
-
-from .folder import load_image_processor
 
 SCRIPT = Path(__file__).parent / "fresh_load.py"
 TOLERANCE = 1e-5

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from castream.evaluation.store import fingerprint_model
+from castream.artifacts.models import fingerprint_model
 from castream.publishing import command, publish, write_model_card
 from castream.publishing.folder import Publication, assemble
 from castream.publishing.verify import verify
