@@ -42,7 +42,7 @@ def write_photo(path: Path, seed: int) -> None:
 def explain_once(explainer: Explainer, path: Path) -> list[float]:
     """Seconds until the classes are known, and until everything is drawn."""
     start = time.perf_counter()
-    photo = open_photo(str(path))
+    photo = open_photo(str(path), explainer.pipe.decode_image)
     class_id = explainer.classes(photo)[0][0]
     known = time.perf_counter() - start
     explanation = explainer.explain(photo, class_id)

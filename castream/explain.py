@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 from transformers.utils import logging
 
 from castream.artifacts.files import write_file
+from modeling_castream.decoding_castream import decode_image
 
 from .command import DEFAULT_MODEL
 from .contact_sheet import ContactSheet
@@ -155,10 +156,11 @@ def open_photo(path: Path) -> Image.Image:
         UnreadablePhoto: where it cannot be decoded.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadablePhoto(getattr(error, "strerror", None) or " ".join(str(error).split())) from error
+        return decode_image(path.read_bytes())
+    except OSError as error:
+        raise UnreadablePhoto(error.strerror or str(error)) from error
+    except ValueError as error:
+        raise UnreadablePhoto(str(error)) from error
 
 
 def _write_overlays(folder: Path, path: Path, answers: list[dict], taken: set[str]) -> list[dict]:

@@ -9,6 +9,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from modeling_castream.decoding_castream import decode_image
+
 from .files import read_bytes
 
 try:
@@ -35,7 +37,7 @@ def readable_suffixes() -> tuple[str, ...]:
 
 
 def open_image(value) -> Image.Image:
-    """An RGB image of 8 bits, turned as the camera says.
+    """An RGB image of 8 bits, turned as the camera says; see `decode_image`.
 
     Args:
         value: encoded bytes, a path or address, what `datasets` yields for an image (`{"bytes", "path"}`), a PIL
@@ -45,29 +47,17 @@ def open_image(value) -> Image.Image:
         OSError: where it cannot be decoded, with the reason.
     """
     try:
-        return _to_rgb(_open(value))
-    except Exception as error:  # PIL's decoders raise whatever they meet in a broken file
-        raise OSError(f"{type(error).__name__}: {error}") from error
+        value = _held(value)
+        return decode_image(value if isinstance(value, (bytes, Image.Image)) else np.asarray(value))
+    except Exception as error:  # whatever a file system or a URL raises
+        raise OSError(str(error) or type(error).__name__) from error
 
 
-def _open(value) -> Image.Image:
+def _held(value):
+    """Encoded bytes instead of a place; anything else as it is."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value.get("path")
-    if isinstance(value, (str, Path)):
-        value = read_bytes(str(value))
-    if isinstance(value, bytes):
-        value = Image.open(io.BytesIO(value))
-    elif not isinstance(value, Image.Image):
-        value = Image.fromarray(np.asarray(value))
-    return ImageOps.exif_transpose(value)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB; 16 bits are scaled, where PIL would cut them off."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "TIFF")):
-        pixels = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    return read_bytes(str(value)) if isinstance(value, (str, Path)) else value
 
 
 def read_image(value) -> torch.Tensor:
@@ -101,7 +91,8 @@ def open_mask(value, size: tuple[int, int]) -> Image.Image:
     """
     try:
         if isinstance(value, (dict, bytes, str, Path, Image.Image)):
-            mask = _open(value)
+            mask = _held(value)
+            mask = ImageOps.exif_transpose(Image.open(io.BytesIO(mask)) if isinstance(mask, bytes) else mask)
             # the values of more than 8 bits are looked at before anything scales them to nothing
             pixels = np.asarray(mask if mask.mode[0] in "IF" else mask.convert("RGB"))
         else:
