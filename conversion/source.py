@@ -31,6 +31,7 @@ class Source:
         image_processor: what the converted model's folder gets.
         transform: the classifier's own preprocessing, list of RGB images -> (batch_size, 3, height, width).
         state: its weights by name, in the form the converted model takes; None: `model.state_dict()`.
+        taken: which weights of a file these are, where there is one.
     """
 
     family: str
@@ -40,6 +41,7 @@ class Source:
     image_processor: BaseImageProcessor
     transform: Callable[[list[Image.Image]], torch.Tensor]
     state: dict[str, torch.Tensor] | None = None
+    taken: str | None = None
 
     def __post_init__(self):
         self.state = self.model.state_dict() if self.state is None else self.state

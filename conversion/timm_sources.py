@@ -14,7 +14,7 @@ from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from modeling_castream import CAStreamImageProcessor
 
-from .checkpoint import load_checkpoint, load_into
+from .checkpoint import load_into, plain_head, read_checkpoint
 from .preprocessing import image_processor, labels
 from .source import BACKBONE, CLASSIFIER, Source
 
@@ -30,7 +30,7 @@ _READERS = {  # timm's names of poolings that are no mean over positions
 _PLACES_AND_LABELS = ("url", "file", "source", "hf_hub_id", "hf_hub_filename", "label_names", "label_descriptions")
 
 
-def _pooling(model: nn.Module) -> str | None:
+def pooling_kind(model: nn.Module) -> str | None:
     """timm's name of a network's pooling, None where the network does not say."""
     for owner in (model, getattr(model, "head", None)):
         pooling = getattr(owner, "global_pool", None)
@@ -68,7 +68,7 @@ def check_averages(model: nn.Module, source: str) -> None:
     Raises:
         ValueError: naming what the network does instead.
     """
-    kind = _pooling(model)
+    kind = pooling_kind(model)
     if kind in _READERS:
         raise ValueError(f"{source} has no global average pooling to replace: {_READERS[kind]}.")
     size = model.pretrained_cfg["input_size"]
@@ -117,24 +117,56 @@ def _pretrained(name: str) -> tuple[nn.Module, dict]:
         ) from None
 
 
-def _from_checkpoint(name: str, checkpoint: str, positional: bool) -> nn.Module:
-    """timm's classifier with the weights of a file."""
-    state = load_checkpoint(checkpoint)
+def _said_of(name: str, checkpoint: str, training: dict) -> tuple[dict, dict]:
+    """What a file's training arguments, or the config.json that timm writes beside it, say of the network.
+
+    Returns:
+        Arguments of `timm.create_model`, and entries of the network's pretrained_cfg.
+
+    Raises:
+        ValueError: where they name another network.
+    """
+    beside = Path(checkpoint).parent / "config.json"
+    saved = json.loads(beside.read_text()) if beside.is_file() else {}
+    said = saved.get("architecture") or training.get("model") or name
+    if said.split(".")[0] != name.split(".")[0]:
+        raise ValueError(f"{checkpoint} is of {said}, not of {name}: use --source timm:{said}.")
+    if "pretrained_cfg" in saved:
+        arguments, settings = saved.get("model_args") or {}, saved["pretrained_cfg"]
+        settings = settings | {key: saved[key] for key in ("label_names",) if key in saved}
+    else:
+        arguments = {"global_pool": training.get("gp"), "in_chans": training.get("in_chans")}
+        arguments |= training.get("model_kwargs") or {}
+        settings = {key: training.get(key) for key in ("mean", "std", "interpolation", "crop_pct", "input_size")}
+        if size := training.get("img_size"):
+            settings["input_size"] = (arguments["in_chans"] or 3, size, size)
+    arguments = {key: value for key, value in arguments.items() if value is not None and key != "num_classes"}
+    return arguments, {key: value for key, value in settings.items() if value is not None}
+
+
+def _from_checkpoint(name: str, checkpoint: str, positional: bool, ema: bool | None) -> tuple[nn.Module, dict, str]:
+    """timm's classifier with the weights of a file, what it is created with, and which weights were taken."""
+    found = read_checkpoint(checkpoint, ema)
+    arguments, settings = _said_of(name, checkpoint, found.arguments)
     with torch.device("meta"):
-        template = timm.create_model(name)
+        template = timm.create_model(name, **arguments)
+    state = found.state
     if positional:
         names = list(template.state_dict())
         if len(names) != len(state):
             raise ValueError(f"{checkpoint} has {len(state)} weights, {name} has {len(names)}.")
         state = dict(zip(names, state.values(), strict=True))
     classifier = template.pretrained_cfg["classifier"]
-    classifier = f"{classifier if isinstance(classifier, str) else classifier[0]}.weight"
-    if classifier not in state:
-        raise ValueError(f"{checkpoint} does not fit {name}: it has no {classifier}.")
-    return load_into(timm.create_model(name, num_classes=len(state[classifier])), state, checkpoint, name)
+    classifier = classifier if isinstance(classifier, str) else classifier[0]
+    state = plain_head(state, classifier, checkpoint)
+    if template.pretrained_cfg.get("fixed_input_size") and "input_size" in settings:
+        arguments.setdefault("img_size", tuple(settings["input_size"][-2:]))
+    model = timm.create_model(name, num_classes=len(state[f"{classifier}.weight"]), **arguments)
+    model.pretrained_cfg |= {"label_names": found.labels} | settings
+    return load_into(model, state, checkpoint, name), arguments, found.taken
 
 
-def load_timm(name: str, checkpoint: str | None = None, positional: bool = False) -> Source:
+def load_timm(name: str, checkpoint: str | None = None, positional: bool = False, ema: bool | None = None) -> Source:
     """Describe a timm classifier.
 
     Args:
@@ -142,6 +174,7 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
             `"local-dir:FOLDER"`.
         checkpoint: file with its weights; None: its own, downloaded or from the folder.
         positional: whether the file's weights have names of their own and come in the order of timm's.
+        ema: see `read_checkpoint`.
 
     Raises:
         ValueError: on a network that does not average a feature map, or weights that can't be had.
@@ -150,7 +183,10 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
         raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
     if checkpoint is None:
         return describe(*_pretrained(name), f"timm:{name}")
-    return describe(_from_checkpoint(name, checkpoint, positional), {}, f"timm:{name}")
+    model, arguments, taken = _from_checkpoint(name, checkpoint, positional, ema)
+    source = describe(model, arguments, f"timm:{name}")
+    source.taken = taken
+    return source
 
 
 def describe_wrapper(model: TimmWrapperForImageClassification, source: str) -> Source:

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
-from .checkpoint import load_checkpoint, load_into
+from .checkpoint import Checkpoint, load_into, plain_head, read_checkpoint
 from .preprocessing import image_processor, labels
 from .source import BACKBONE, CLASSIFIER, HEAD, NECK, TIMM_BACKBONE, Rules, Source
 
@@ -157,13 +157,22 @@ def torchvision_processor(name: str, checkpoint: str | Path | None = None):
     return image_processor(preset.resize_size, crop, preset.interpolation.value, preset.mean, preset.std)
 
 
-def _from_checkpoint(name: str, checkpoint: str | Path) -> torch.nn.Module:
-    state = load_checkpoint(checkpoint)
+def _classifier(name: str) -> str:
+    """Where a network has its classifier."""
+    return _CLASSIFIERS[name.split("_")[0].rstrip("0123456789")].removesuffix(".weight")
+
+
+def _from_checkpoint(name: str, checkpoint: str | Path, ema: bool | None) -> tuple[torch.nn.Module, Checkpoint]:
+    found = read_checkpoint(checkpoint, ema)
+    said = found.arguments.get("model", name)
+    if said != name:
+        raise ValueError(f"{checkpoint} is of {said}, not of {name}: use --source torchvision:{said}.")
+    state = plain_head(found.state, _classifier(name), checkpoint)
     try:
         model = torchvision.models.get_model(name, num_classes=num_classes(name, state))
     except ValueError as error:
         raise ValueError(f"{checkpoint} does not fit {name}: {error}.") from None
-    return load_into(model, state, checkpoint, name)
+    return load_into(model, state, checkpoint, name), found
 
 
 def _download(name: str, weights) -> torch.nn.Module:
@@ -175,12 +184,13 @@ def _download(name: str, weights) -> torch.nn.Module:
         ) from None
 
 
-def load_torchvision(name: str, checkpoint: str | Path | None = None) -> Source:
+def load_torchvision(name: str, checkpoint: str | Path | None = None, ema: bool | None = None) -> Source:
     """Describe a torchvision classifier.
 
     Args:
         name: one of `ARCHITECTURES`.
-        checkpoint: file with its state_dict; None: torchvision's latest weights, downloaded.
+        checkpoint: file with its weights; None: torchvision's latest weights, downloaded.
+        ema: see `read_checkpoint`.
 
     Raises:
         ValueError: on a network that is not supported, or weights that can't be had or do not fit.
@@ -195,17 +205,18 @@ def load_torchvision(name: str, checkpoint: str | Path | None = None) -> Source:
         )
     if checkpoint is None:
         weights = list(torchvision.models.get_model_weights(name))[-1]
-        model, checkpoint = _download(name, weights), weights.url
+        model, checkpoint, found = _download(name, weights), weights.url, Checkpoint({})
     else:
-        model = _from_checkpoint(name, checkpoint)
+        model, found = _from_checkpoint(name, checkpoint, ema)
     config, rules = describe(name)
     transform = published_weights(name, checkpoint).transforms()
     return Source(
         family=f"torchvision {name.rstrip('0123456789').split('_')[0]}",
         model=model,
-        config={**config, **labels(num_classes(name, model.state_dict()))},
+        config={**config, **labels(num_classes(name, model.state_dict()), found.labels)},
         rules=rules,
         image_processor=torchvision_processor(name, checkpoint),
         transform=lambda images: torch.stack([transform(image) for image in images]),
         state=adapt_state(name, model.state_dict()),
+        taken=found.taken,
     )

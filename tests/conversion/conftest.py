@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from castream.conversion.classifier import load_source, write_classifier
 from castream.conversion.parity import Parity
-from castream.conversion.table import write_random_source
+from castream.conversion.random_sources import write_random_source
 
 
 @dataclass
@@ -22,7 +22,7 @@ class Converted:
 
 @pytest.fixture(scope="session")
 def convert_row(tmp_path_factory):
-    """A function from a row of `conversion.table.ROWS` to its `Converted`."""
+    """A function from a row of `conversion.random_sources.ROWS` to its `Converted`."""
     made = {}
 
     def convert_row(row: str) -> Converted:

@@ -10,7 +10,7 @@ import timm
 import torch
 from castream.conversion.classifier import load_source
 from castream.conversion.command import main
-from castream.conversion.table import write_random_source
+from castream.conversion.random_sources import write_random_source
 from PIL import Image
 from transformers import (
     RegNetConfig,
@@ -178,7 +178,7 @@ def test_checkpoints_of_other_networks(tmp_path, capsys):
     torch.save(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "whole.pth")
     for source, message in {
         "torchvision:resnet34": "does not fit resnet34",
-        "torchvision:convnext_tiny": "it has no classifier.2.weight",
+        "torchvision:convnext_tiny": "has no classifier.2.weight",
         "pypi:efficientnet-lite0": "--checkpoint goes with",
     }.items():
         arguments = ("classifier", "--source", source, "--checkpoint", tmp_path / "whole.pth")

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from castream.conversion import convert_classifier
 from castream.conversion.parity import example_images
-from castream.conversion.table import ROWS
+from castream.conversion.random_sources import ROWS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification

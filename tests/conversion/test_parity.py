@@ -5,7 +5,7 @@ import torch
 from castream.conversion.classifier import convert, load_source, write_classifier
 from castream.conversion.mapping import load_renamed, rename
 from castream.conversion.parity import check_parity
-from castream.conversion.table import write_random_source
+from castream.conversion.random_sources import write_random_source
 
 
 @pytest.fixture

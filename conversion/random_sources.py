@@ -1,11 +1,5 @@
-"""python -m conversion.table: convert one classifier of every family, and print the differences measured.
+"""Small classifiers of every kind with random weights, for the tests and the coverage's table."""
 
-The weights are the network's own random ones, with biases, scales and normalisation statistics off their trivial
-values, so that a layer left out or a wrong epsilon shows. EfficientNet-Lite0 has its ImageNet weights.
-"""
-
-import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,15 +22,13 @@ from transformers import (
     SwinConfig,
     ViTImageProcessor,
 )
-from transformers.utils import logging
 
-from .classifier import load_source, write_classifier
 from .parity import example_images
 from .torchvision_families import published_weights
 
 _LABELS = 7
 _SIZE = 64
-_TRANSFORMERS = {
+TRANSFORMERS = {
     "resnet": ResNetConfig(embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 2, 1, 1], layer_type="basic"),
     "convnext": ConvNextConfig(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1]),
     "convnextv2": ConvNextV2Config(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1]),
@@ -72,11 +64,11 @@ _TIMM = (
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
 )
-_TORCHVISION = ("resnet18", "resnet50", "convnext_tiny", "efficientnet_b0", "efficientnet_b5")
+TORCHVISION = ("resnet18", "resnet50", "convnext_tiny", "efficientnet_b0", "efficientnet_b5")
 ROWS = (
-    *(f"transformers:{family}" for family in _TRANSFORMERS),
+    *(f"transformers:{family}" for family in TRANSFORMERS),
     *(f"timm:{name}" for name in _TIMM),
-    *(f"torchvision:{name}" for name in _TORCHVISION),
+    *(f"torchvision:{name}" for name in TORCHVISION),
     "pypi:efficientnet-lite0",
 )
 
@@ -107,7 +99,7 @@ def randomise(model: nn.Module, size: int) -> nn.Module:
 
 
 def _transformers_folder(family: str, folder: Path) -> tuple[str, None]:
-    config: PreTrainedConfig = _TRANSFORMERS[family]
+    config: PreTrainedConfig = TRANSFORMERS[family]
     names = [f"class {index}" for index in range(_LABELS)]
     config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
     model = randomise(AutoModelForImageClassification.from_config(config), _SIZE)
@@ -154,33 +146,3 @@ def write_random_source(row: str, folder: Path) -> tuple[str, str | None]:
     if kind == "torchvision":
         return _checkpoint_file(torchvision.models.get_model, row, folder)
     return row, None
-
-
-def measure(row: str, folder: Path) -> str:
-    """Convert a row's classifier inside `folder`, and return the row in Markdown."""
-    source, checkpoint = write_random_source(row, folder / "source")
-    loaded = load_source(source, checkpoint)
-    parity = write_classifier(loaded, folder / "converted")
-    kind, _, name = row.partition(":")
-    weights = "ImageNet" if kind == "pypi" else "random"
-    option = "FOLDER_OR_HUB_ID" if kind == "transformers" else row
-    option += "" if checkpoint is None else " --checkpoint FILE"
-    return (
-        f"| {loaded.family} | {name}, {weights} weights | {parity.logits:.1e} of {parity.largest_logit:.3g} | "
-        f"{parity.pixels:.1e} | `--source {option}` |"
-    )
-
-
-def main() -> int:
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    print("| family | source | largest logit difference, of largest logit | largest pixel difference | command |")
-    print("| --- | --- | --- | --- | --- |")
-    for row in ROWS:
-        with tempfile.TemporaryDirectory() as folder:
-            print(measure(row, Path(folder)), flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
