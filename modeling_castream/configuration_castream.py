@@ -78,7 +78,8 @@ class CAStreamConfig(PreTrainedConfig):
             `"gap"`: queries and inner maps zero, W_L the identity, so that the untrained stream equals GAP.
             `"reference"`: q_0 ~ N(1, 1) and Xavier-uniform maps, as in the authors' code.
         freeze_backbone (`bool`, defaults to `True`):
-            Keep backbone and neck without gradient and in eval mode, also after `from_pretrained` and `.train()`.
+            Keep backbone and neck in eval mode, also under `.train()`, and without gradient where the model is built or
+            loaded; `requires_grad_` may give it back afterwards.
         freeze_classifier (`bool`, defaults to `False`):
             The same for the layers after the pooling.
         neck_layers (`list[dict]`, *optional*):

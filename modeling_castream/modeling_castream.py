@@ -207,13 +207,24 @@ class CAStreamPreTrainedModel(PreTrainedModel):
         """The modules that `config.freeze_backbone` and `config.freeze_classifier` keep as they are."""
         return []
 
-    def train(self, mode: bool = True):
-        """Set train or eval mode; what is frozen stays in eval mode without gradient, whatever loading did to it."""
-        super().train(mode)
+    def freeze(self) -> None:
+        """Take the gradient off the frozen modules. Construction and `from_pretrained` do so, nothing else does."""
         for module in self.frozen_modules():
             module.requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Set train or eval mode; what is frozen stays in eval mode. `requires_grad` is the caller's."""
+        super().train(mode)
+        for module in self.frozen_modules():
             nn.Module.train(module, False)
         return self
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As any model's; frozen again afterwards, since transformers' loading gives every weight a gradient."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()  # a tuple with `output_loading_info`
+        return loaded
 
 
 def select_hidden_states(
@@ -253,6 +264,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
             hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()
         )
         self.post_init()
+        self.freeze()
         self.train(self.training)
 
     def frozen_modules(self) -> list[nn.Module]:
@@ -346,6 +358,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         self.classifier = nn.Linear(num_features, config.num_labels) if has_classifier else nn.Identity()
         self.supports_gradient_checkpointing = self.castream.supports_gradient_checkpointing
         self.post_init()
+        self.freeze()
         self.train(self.training)
 
     def frozen_modules(self) -> list[nn.Module]:

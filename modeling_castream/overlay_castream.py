@@ -51,8 +51,10 @@ def visible_box(image_processor, width: int, height: int) -> Box:
         process(Image.new("RGB", (64, 64), (value,) * 3))[:, 16:-16, 16:-16].mean((1, 2)) for value in (0, 255)
     )
     x, y = np.linspace(0, 1, width, dtype=np.float32), np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    ramps = [(_MAIN * x + _CROSS * y).round(), (_CROSS * x + _MAIN * y).round()]
-    bands = [Image.fromarray(ramp.astype(np.uint8)) for ramp in ramps]
+    bands = [
+        Image.fromarray((across * x + down * y).round().astype(np.uint8))
+        for across, down in ((_MAIN, _CROSS), (_CROSS, _MAIN))
+    ]
     seen = process(Image.merge("RGB", [*bands, bands[0]]))
     red, green = (255 * (seen[i] - dark[i]) / (bright[i] - dark[i]) for i in (0, 1))
     determinant = _MAIN**2 - _CROSS**2

@@ -124,6 +124,7 @@ def unfreeze(
     Returns:
         The parameters that are trained, by name.
     """
+    model.requires_grad_(True).freeze()
     model.train()
     stream = model.castream.stream
     stream.requires_grad_(train_stream)

@@ -157,6 +157,26 @@ def test_freezing_is_a_choice():
     assert {name.split(".")[1] for name, p in closed.named_parameters() if p.requires_grad} == {"stream"}
 
 
+def test_gradients_are_the_caller_s_once_the_model_is_loaded(tmp_path):
+    """Frozen when built and when loaded, by either road; neither mode takes back what a user has unfrozen since."""
+    built = tiny_model()
+    built.save_pretrained(tmp_path)
+    loaded, report = CAStreamForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    for model in (built, loaded, CAStreamForImageClassification.from_pretrained(tmp_path)):
+        assert not any(parameter.requires_grad for parameter in model.castream.backbone.parameters())
+        assert all(parameter.requires_grad for parameter in model.castream.stream.parameters())
+        model.castream.backbone.requires_grad_(True)
+        model.classifier.requires_grad_(False)
+        for mode in (True, False):
+            model.train(mode)
+            assert not any(module.training for module in model.castream.backbone.modules())
+            assert all(parameter.requires_grad for parameter in model.castream.backbone.parameters())
+            assert not model.classifier.weight.requires_grad
+    base = CAStreamModel.from_pretrained(tmp_path)
+    assert not any(parameter.requires_grad for parameter in base.backbone.parameters())
+
+
 def test_single_and_multi_label_losses():
     model = tiny_model()
     pixel_values = torch.randn(2, 3, 64, 64)
