@@ -1,7 +1,8 @@
 """Examples to evaluate on: any classification dataset, streamed, and its images as the network sees them.
 
-A row of a dataset becomes {"id", "image", "label", "mask"}, still encoded; it is decoded only by the process whose turn
-it is. An image that cannot be decoded is skipped and its id kept, so that one bad file does not end a long run.
+A row of a dataset becomes {"id", "image", "label", "mask", "boxes"}, still encoded; it is decoded only by the process
+whose turn it is. An image that cannot be decoded is skipped and its id kept, so that one bad file does not end a long
+run.
 """
 
 from collections.abc import Iterable, Iterator, Sized
@@ -14,12 +15,13 @@ from castream.data.labels import UnknownClassesError, class_ids
 from castream.data.opening import Split, describe_dataset, fingerprint
 from PIL import Image
 
+from .localization import box_mask
 from .perturbation import normalize_images
 
 
 @dataclass
 class Examples:
-    """An iterable of rows {"id", "image", "label", "mask"} and what is known about it.
+    """An iterable of rows {"id", "image", "label", "mask", "boxes"} and what is known about it.
 
     Args:
         rows: yields the rows; a second iteration starts again, unless it is an iterator.
@@ -165,11 +167,16 @@ def read_blocks(examples: Examples, block_size: int, max_images: int | None) -> 
         yield number, rows
 
 
-def prepare_block(number: int, rows: list[dict], preprocessor: Preprocessor, num_labels: int) -> Block:
+def prepare_block(
+    number: int, rows: list[dict], preprocessor: Preprocessor, num_labels: int, read_boxes: bool = True
+) -> Block:
     """Decode and preprocess a block of rows.
 
+    Args:
+        read_boxes: whether the boxes of a row without a mask stand in for it.
+
     Raises:
-        ValueError: on a class id the model does not have, or a mask of another size than its image.
+        ValueError: on a class id the model does not have, a mask of another size than its image, or malformed boxes.
     """
     block, images = Block(number), []
     for row in rows:
@@ -178,7 +185,7 @@ def prepare_block(number: int, rows: list[dict], preprocessor: Preprocessor, num
         identity = str(row["id"]) if row.get("id") is not None else _path_of(row)
         try:
             image = open_image(row["image"])
-            mask = None if row.get("mask") is None else open_mask(row["mask"], image.size)
+            mask = _object_mask(row, image.size, read_boxes)
         except OSError as error:
             block.skipped.append({"index": row["index"], "id": identity, "reason": str(error)})
             continue
@@ -194,6 +201,18 @@ def prepare_block(number: int, rows: list[dict], preprocessor: Preprocessor, num
         # from the images again, so that a map of ones leaves not even a rounding difference
         block.pixel_values = normalize_images(block.images, preprocessor.mean, preprocessor.std)
     return block
+
+
+def _object_mask(row: dict, size: tuple[int, int], read_boxes: bool) -> Image.Image | None:
+    """The object of an image of `size` = (width, height): its mask or, without one, its boxes; None without either."""
+    if row.get("mask") is not None:
+        return open_mask(row["mask"], size)
+    if not read_boxes or row.get("boxes") is None or not len(row["boxes"]):
+        return None
+    try:
+        return open_mask(box_mask(row["boxes"], size[::-1]), size)
+    except ValueError as error:
+        raise ValueError(f"has a wrong box: {error}") from None
 
 
 def _path_of(row: dict) -> str:

@@ -16,14 +16,16 @@ from modeling_castream.saliency_castream import empty_maps, explain_features
 
 from .controls import control_maps, map_area, match_area, rank_correlation, shuffled_classifier
 from .data import Block
-from .localization import mask_share, pointing_hit, sparsity
+from .localization import mask_share, pixel_precision, pointing_hit, sparsity
 from .metrics.average_drop.average_drop import average_drop
 from .metrics.average_gain.average_gain import average_gain
 from .metrics.average_increase.average_increase import average_increase
 from .metrics.deletion.deletion import deletion
 from .metrics.insertion.insertion import insertion
+from .metrics.kept.kept import kept
 from .metrics.mask_share.mask_share import mask_share as mask_share_percent
 from .metrics.negative_perturbation.negative_perturbation import negative_perturbation
+from .metrics.pixel_average_precision.pixel_average_precision import pixel_average_precision
 from .metrics.pointing_game.pointing_game import pointing_game
 from .metrics.positive_perturbation.positive_perturbation import positive_perturbation
 from .perturbation import mask_images, perturbation_images, pixel_order, upsample_saliency
@@ -32,19 +34,25 @@ from .scoring import Scorer, Scores
 from .settings import (
     CONTROL_MAPS,
     CURVE_METRICS,
-    MASK_METRICS,
     MASKING_METRICS,
     PERTURBATION_METRICS,
+    PROBABILITY_METRICS,
     EvaluationSettings,
 )
 from .table import Row, reference_map, table_rows
 
-MASKING_FUNCTIONS = {
+PROBABILITY_FUNCTIONS = {
     "average_drop": average_drop,
     "average_gain": average_gain,
     "average_increase": average_increase,
 }
 CURVE_FUNCTIONS = {"insertion": insertion, "deletion": deletion}
+# of maps and masks, and the metric of what it returns
+LOCALIZATION_FUNCTIONS = {
+    "mask_share": (mask_share, mask_share_percent),
+    "pointing_game": (pointing_hit, pointing_game),
+    "pixel_average_precision": (pixel_precision, pixel_average_precision),
+}
 PERTURBATION_FUNCTIONS = {
     "positive_perturbation": positive_perturbation,
     "negative_perturbation": negative_perturbation,
@@ -306,9 +314,12 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
     if scores.masked is not None:
         after = scores.masked.probability[row.scoring].cpu()
         columns["probability_masked"] = after.tolist()
-        for name in MASKING_METRICS:
+        for name in PROBABILITY_METRICS:
             if name in settings.metrics:
-                columns[name] = MASKING_FUNCTIONS[name](after, before, average=False)
+                columns[name] = PROBABILITY_FUNCTIONS[name](after, before, average=False)
+        if "kept" in settings.metrics:
+            top, top_before = (found.predicted[row.scoring].cpu() for found in (scores.masked, items.before))
+            columns["kept"] = kept(top, top_before, average=False)
     for name, by_scoring in scores.curves.items():
         curve = by_scoring[row.scoring].cpu()
         columns[f"{name}_curve"] = curve.tolist()
@@ -318,23 +329,20 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
         columns[name] = PERTURBATION_FUNCTIONS[name](classes, items.target.cpu().numpy(), average=False)
     if "sparsity" in settings.metrics:
         columns["sparsity"] = sparsity(scores.saliency).tolist()
-    if set(settings.metrics) & set(MASK_METRICS):
-        columns |= _mask_columns(scores.saliency.cpu(), [block.masks[place] for place in places], settings)
+    if settings.localization_metrics:
+        columns |= _localization_columns(scores.saliency.cpu(), [block.masks[place] for place in places], settings)
     return columns
 
 
-def _mask_columns(saliency: torch.Tensor, masks: list, settings: EvaluationSettings) -> dict[str, list]:
+def _localization_columns(saliency: torch.Tensor, masks: list, settings: EvaluationSettings) -> dict[str, list]:
     """Localisation in percent, None for images without a mask or with the object cropped away."""
     known = [item for item, mask in enumerate(masks) if mask is not None and mask.any()]
-    columns = {name: [None] * len(masks) for name in MASK_METRICS if name in settings.metrics}
+    columns = {name: [None] * len(masks) for name in settings.localization_metrics}
     if not known:
         return columns
     saliency, mask = saliency[known], torch.stack([masks[item] for item in known])
-    values = {
-        "mask_share": mask_share_percent(mask_share(saliency, mask), average=False),
-        "pointing_game": pointing_game(pointing_hit(saliency, mask).double(), average=False),
-    }
     for name, column in columns.items():
-        for item, value in zip(known, values[name], strict=True):
+        measure, to_percent = LOCALIZATION_FUNCTIONS[name]
+        for item, value in zip(known, to_percent(measure(saliency, mask).double(), average=False), strict=True):
             column[item] = value
     return columns

@@ -1,10 +1,13 @@
-"""Does the saliency lie on the object? Per-image numbers from a map and the object's mask.
+"""Does the saliency lie on the object? Per-image numbers from a map and the object's mask, drawn or of its boxes.
 
 Maps are (batch_size, height, width), not negative; masks are boolean, of the same shape, with at least one pixel an
 image. The flat map, which points nowhere, is defined: an all-zero map has mask share 0 and sparsity 1, and a map whose
 values are all equal is a miss in the pointing game.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 
 
@@ -40,6 +43,23 @@ def pointing_hit(saliency: torch.Tensor, mask: torch.Tensor, tolerance: float = 
     return (near & mask).flatten(1).any(dim=1) & (flat.amax(dim=1) > flat.amin(dim=1))
 
 
+def pixel_precision(saliency: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Average precision of the pixels as the map ranks them, (batch_size,) float64 in [0, 1].
+
+    The mean, over the mask's pixels, of the mask's share among all pixels that are at least as salient. Pixels of equal
+    saliency share one threshold, so a flat map has the mask's share of the image.
+
+    Source: Choe et al., arXiv:2001.07437, "PxAP". Differs from paper: per image, not over the pixels of all images.
+    """
+    _check(saliency, mask)
+    ascending, order = saliency.flatten(1).sort(dim=1)
+    inside = mask.flatten(1).gather(1, order).double()
+    first = torch.searchsorted(ascending, ascending)  # of the equally salient pixels
+    pixels = (ascending.shape[1] - first).double()
+    inside_above = inside.flip(1).cumsum(1).flip(1).gather(1, first)
+    return (inside * inside_above / pixels).sum(1) / inside.sum(1)
+
+
 def sparsity(saliency: torch.Tensor) -> torch.Tensor:
     """Maximum over mean of the map, (batch_size,) float64, at least 1 and unbounded by any scale; 1 for a flat map.
 
@@ -52,17 +72,24 @@ def sparsity(saliency: torch.Tensor) -> torch.Tensor:
     return torch.where(mean > 0, values.amax(dim=1) / mean, torch.ones_like(mean)).clamp(min=1)
 
 
-def box_mask(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Masks (batch_size, height, width) of boxes (batch_size, 4): x0, y0, x1, y1 in pixels of an image of `size` =
-    (height, width). A pixel is inside if its centre is."""
-    if boxes.ndim != 2 or boxes.shape[1] != 4:
-        raise ValueError(f"boxes has shape {tuple(boxes.shape)}: give (batch_size, 4) as x0, y0, x1, y1")
-    x0, y0, x1, y1 = boxes.unbind(1)
-    rows = torch.arange(size[0], device=boxes.device) + 0.5
-    columns = torch.arange(size[1], device=boxes.device) + 0.5
-    inside_rows = (rows >= y0[:, None]) & (rows < y1[:, None])
-    inside_columns = (columns >= x0[:, None]) & (columns < x1[:, None])
-    return inside_rows[:, :, None] & inside_columns[:, None, :]
+def box_mask(boxes: Sequence[Sequence[float]], size: tuple[int, int]) -> np.ndarray:
+    """The pixels of an image of `size` = (height, width) inside any of its boxes, boolean; a pixel is if its centre is.
+
+    Args:
+        boxes: (num_boxes, 4): x0, y0, x1, y1 in pixels of the upright image.
+
+    Raises:
+        ValueError: on another shape, or a box whose second corner is not to the lower right of its first.
+    """
+    corners = np.asarray(boxes, np.float64)
+    if corners.ndim != 2 or corners.shape[1] != 4:
+        raise ValueError(f"boxes has shape {corners.shape}: give (num_boxes, 4) as x0, y0, x1, y1 in pixels")
+    x0, y0, x1, y1 = corners.T[:, :, None]
+    if not ((x0 < x1) & (y0 < y1)).all():
+        raise ValueError(f"boxes holds {corners.tolist()}: give x0 < x1 and y0 < y1 in pixels, not width and height")
+    rows, columns = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
+    inside_rows, inside_columns = (rows >= y0) & (rows < y1), (columns >= x0) & (columns < x1)
+    return (inside_rows[:, :, None] & inside_columns[:, None, :]).any(0)
 
 
 def _check(saliency: torch.Tensor, mask: torch.Tensor | None = None) -> None:

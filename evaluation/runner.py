@@ -20,7 +20,7 @@ from .figures import WRONG
 from .published import published_rows
 from .report import Report, summarize
 from .scoring import Scorer
-from .settings import MASK_METRICS, EvaluationSettings
+from .settings import EvaluationSettings
 from .store import Part, Store, fingerprint_processor
 
 SECONDS_PER_PART = 30
@@ -46,8 +46,9 @@ def evaluate_saliency(
         model: a CAStreamForImageClassification.
         image_processor: the model's, with a normalisation of one scale and offset a channel.
         examples: rows {"id": str, "image": PIL image, "label": class id, list of ids or None, "mask": image, array or
-            None}; a `datasets` dataset, streaming or not, or any iterable. Only `image` is needed. Every process must
-            see the same rows in the same order; each evaluates its share.
+            None, "boxes": [[x0, y0, x1, y1], ...] in pixels of the upright image, where there is no mask, or None}; a
+            `datasets` dataset, streaming or not, or any iterable. Only `image` is needed. Every process must see the
+            same rows in the same order; each evaluates its share.
         settings: what to evaluate.
         output_dir: where to write the report. A killed run with the same model, examples and settings goes on there.
         accelerator: an `accelerate.Accelerator`; None makes one.
@@ -74,9 +75,12 @@ def evaluate_saliency(
 
 
 def _check_columns(examples: Examples, settings: EvaluationSettings) -> None:
-    wanted = [name for name in MASK_METRICS if name in settings.metrics]
-    if wanted and examples.columns and "mask" not in examples.columns:
-        raise ValueError(f"{examples.name} has no mask column, which {', '.join(wanted)} need: name it as mask_column.")
+    wanted = settings.localization_metrics
+    if wanted and examples.columns and not {"mask", "boxes"} & set(examples.columns):
+        raise ValueError(
+            f"{examples.name} has no mask column, which {', '.join(wanted)} need, nor one of boxes: name it as "
+            "mask_column or boxes_column."
+        )
 
 
 def _open_store(output_dir, settings, model, image_processor, examples: Examples, accelerator) -> Store | None:
@@ -123,7 +127,7 @@ class _Run:
             "command": command,
             "device": self.accelerator.device.type,
             "image_processor": self.preprocessor.describe(),
-            "note": self.examples.note,
+            "note": self._note(),
             "temperature": temperature,
         }
         results = summarize(self.settings, part, context)
@@ -164,13 +168,22 @@ class _Run:
                 waiting += len(rows) if number not in done else 0
                 if number % accelerator.num_processes != accelerator.process_index or number in done:
                     continue
-                block = prepare_block(number, rows, self.preprocessor, self.model.config.num_labels)
+                block = self._prepare(number, rows)
                 seen, skipped = seen + len(rows), skipped + block.skipped
                 self._check_skipped(skipped, total or (seen if seen >= MIN_SEEN else None))
                 yield block
                 bar.update(waiting)
                 waiting = 0
             bar.update(waiting)
+
+    def _prepare(self, number: int, rows: list[dict]) -> Block:
+        wants_objects = bool(self.settings.localization_metrics)
+        return prepare_block(number, rows, self.preprocessor, self.model.config.num_labels, read_boxes=wants_objects)
+
+    def _note(self) -> str:
+        columns = self.examples.columns
+        boxes = self.settings.localization_metrics and "boxes" in columns and "mask" not in columns
+        return f"{self.examples.note} Objects are given by their boxes.".strip() if boxes else self.examples.note
 
     def _check_known(self, rows: list[dict]) -> None:
         """Blocks of an earlier run must hold the images that they hold now."""

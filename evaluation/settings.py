@@ -10,12 +10,13 @@ AUTOCASTS = ("off", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
 CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "map_only", "area", "randomization")
 PAIRED_CONTROLS = ("temperature", "norm", "map_only")  # compare the poolings, so they need both
-MASKING_METRICS = ("average_drop", "average_gain", "average_increase")
+PROBABILITY_METRICS = ("average_drop", "average_gain", "average_increase")
+MASKING_METRICS = (*PROBABILITY_METRICS, "kept")
 CURVE_METRICS = ("insertion", "deletion")
 PERTURBATION_METRICS = ("positive_perturbation", "negative_perturbation")
-MASK_METRICS = ("mask_share", "pointing_game")
-METRICS = (*MASKING_METRICS, *CURVE_METRICS, *PERTURBATION_METRICS, *MASK_METRICS, "sparsity")
-PAPER_METRICS = (*MASKING_METRICS, *CURVE_METRICS)
+LOCALIZATION_METRICS = ("mask_share", "pointing_game", "pixel_average_precision")
+METRICS = (*MASKING_METRICS, *CURVE_METRICS, *PERTURBATION_METRICS, *LOCALIZATION_METRICS, "sparsity")
+PAPER_METRICS = (*PROBABILITY_METRICS, *CURVE_METRICS)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class EvaluationSettings:
     Args:
         methods: saliency methods of `modeling_castream.explain`.
         poolings: `"gap"` and/or `"ca"`; with both, CA minus GAP is reported, image by image.
-        metrics: names from METRICS; mask_share and pointing_game need examples with a mask.
+        metrics: names from METRICS; LOCALIZATION_METRICS need examples with a mask or boxes.
         protocol: `"reference"`, the paper's, or `"stable"`; see evaluation/README.md for what differs and by how much.
             The name of one of stable's changes (STABLE_CHANGES) is the reference with that change alone.
         target: explain the `"label"` or the `"predicted"` class; under both poolings it is the class that the first
@@ -87,6 +88,11 @@ class EvaluationSettings:
         """Images evaluated together: a forward pass's, but an eighth of these where each takes a pass a channel, so
         that progress is shown and kept every few minutes. Their masked images fill the forward passes all the same."""
         return max(1, self.batch_size // 8) if "score_cam" in self.methods else self.batch_size
+
+    @property
+    def localization_metrics(self) -> list[str]:
+        """Those of the metrics that need an object, in order."""
+        return [name for name in LOCALIZATION_METRICS if name in self.metrics]
 
     def to_dict(self) -> dict:
         """The settings as JSON holds them."""

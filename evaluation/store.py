@@ -69,7 +69,9 @@ class Part:
     @classmethod
     def merge(cls, parts: list["Part"]) -> "Part":
         """All parts in one, ordered by image; the rows of an image keep their order."""
-        table = pa.concat_tables([part.table for part in parts]) if parts else SCHEMA.empty_table()
+        # a part of an earlier version lacks the columns of metrics that came later
+        tables = [SCHEMA.empty_table(), *(part.table for part in parts)]
+        table = pa.concat_tables(tables, promote_options="default")
         table = table.take(pc.sort_indices(table, sort_keys=[("index", "ascending")]))  # a stable sort
         skipped = sorted(chain.from_iterable(part.skipped for part in parts), key=lambda entry: entry["index"])
         return cls(table, sorted(chain.from_iterable(part.blocks for part in parts)), skipped)

@@ -310,3 +310,27 @@ def test_metrics_of_masks_need_a_mask_column():
     settings = EvaluationSettings(metrics=("pointing_game", "mask_share"))
     with pytest.raises(ValueError, match="has no mask column, which mask_share, pointing_game need"):
         evaluate_saliency(small_model(), small_processor(), dataset, settings)
+
+
+def test_boxes_stand_in_for_a_mask():
+    """They go the way of their image as the mask of the same pixels does; a mask comes first; no box is no object."""
+    mask = np.zeros((72, 80), bool)
+    mask[5:30, 8:33], mask[40:60, 50:70] = True, True
+    row = small_examples(1)[0] | {"index": 0}
+    masked, boxes = row | {"mask": mask}, [[8, 5, 33, 30], [50, 40, 70, 60]]
+    rows = [masked, row | {"mask": None, "boxes": boxes}, masked | {"boxes": [[0, 0, 1, 1]]}]
+    masks = prepare_block(0, rows, Preprocessor(small_processor()), 5).masks
+    assert masks[0].any() and torch.equal(masks[1], masks[0]) and torch.equal(masks[2], masks[0])
+    without = prepare_block(0, [row | {"mask": None, "boxes": []}], Preprocessor(small_processor()), 5)
+    assert without.masks == [None]
+
+
+def test_boxes_are_looked_at_only_where_a_metric_needs_them():
+    examples = [row | {"mask": None, "boxes": [[40, 40, 10, 10]]} for row in small_examples(3)]
+    settings = {"methods": ("grad_cam",), "poolings": ("gap",)}
+    evaluate_saliency(
+        small_model(), small_processor(), examples, EvaluationSettings(metrics=("average_drop",), **settings)
+    )
+    wanted = EvaluationSettings(metrics=("pointing_game",), **settings)
+    with pytest.raises(ValueError, match=r"image 'image-0' has a wrong box: boxes holds \[\[40.0, 40.0, 10.0, 10.0"):
+        evaluate_saliency(small_model(), small_processor(), examples, wanted)

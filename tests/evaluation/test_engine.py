@@ -90,6 +90,36 @@ def test_insertion_and_deletion_by_their_definition(size, steps):
         assert row[name] == pytest.approx(100 * area, abs=1e-3)
 
 
+def test_kept_and_localisation_by_their_definition():
+    """Kept, from the network's own forward passes: some images keep their class and some do not."""
+    model, examples = small_model(), small_examples(8)
+    images = torch.cat([small_processor()(row["image"], return_tensors="pt").pixel_values for row in examples])
+    with torch.no_grad():  # no class ahead of the others on all images
+        model.classifier.bias -= model(images, pooling="gap").logits.mean(0)
+    metrics = ("kept", "pixel_average_precision")
+    report = evaluate(examples, model, methods=("grad_cam",), poolings=("gap",), metrics=metrics, controls=("area",))
+    frame = report.per_image.query("control == ''").reset_index()
+    kept = []
+    for example, pixel_values, precision in zip(
+        examples, images[:, None], frame["pixel_average_precision"], strict=True
+    ):
+        saliency = explain(model, pixel_values, [example["label"]], "grad_cam", "gap")
+        mean, std = (torch.tensor(value).view(3, 1, 1) for value in (MEAN, STD))
+        masked = ((pixel_values * std + mean) * saliency[:, None] - mean) / std
+        with torch.no_grad():
+            top, after = (model(one, pooling="gap").logits.argmax().item() for one in (pixel_values, masked))
+        kept.append(100.0 * (top == after))
+        mask = np.asarray(small_processor()(example["mask"][..., None].repeat(3, 2) * 255.0)["pixel_values"][0])[0]
+        mask = torch.from_numpy(mask * STD[0] + MEAN[0] > 0.5)  # as evaluation draws the line
+        chosen = (saliency[0] >= saliency[0][mask][:, None, None]).flatten(1)
+        expected = ((chosen & mask.flatten()).sum(1) / chosen.sum(1)).mean().item()
+        assert precision == pytest.approx(100 * expected, abs=0.5)
+    assert frame["kept"].tolist() == kept and 0 < np.mean(kept) < 100
+    row = next(row for row in report.results["rows"] if row["control"] == "")
+    assert row["metrics"]["kept"]["mean"] == np.mean(kept)
+    assert "kept ↑ | pixel AP ↑" in report.markdown()
+
+
 def test_maps_that_poolings_share_are_masked_once(monkeypatch):
     model, examples = small_model(), small_examples(4)
     block = block_of(examples, model)

@@ -22,8 +22,10 @@ NAMES = [
     "average_increase",
     "deletion",
     "insertion",
+    "kept",
     "mask_share",
     "negative_perturbation",
+    "pixel_average_precision",
     "pointing_game",
     "positive_perturbation",
     "sparsity",
@@ -38,6 +40,8 @@ ONE_ITEM = {
     **{name: {"predictions": [[1, 2]], "references": [1]} for name in PERTURBATIONS},
     "pointing_game": {"predictions": [1]},
     "mask_share": {"predictions": [0.5]},
+    "pixel_average_precision": {"predictions": [0.5]},
+    "kept": {"predictions": [2], "references": [2]},
     "sparsity": {"predictions": [2.0]},
 }
 
@@ -83,6 +87,8 @@ def test_every_metric_is_there():
         ("negative_perturbation", {"predictions": [[3, 3, 3, 3], [5, 2, 5, 2]], "references": [3, 2]}, [100, 50]),
         ("pointing_game", {"predictions": [True, False, 1.0]}, [100, 0, 100]),
         ("mask_share", {"predictions": [0.0, 0.25, 1.0]}, [0, 25, 100]),
+        ("pixel_average_precision", {"predictions": [0.0, 0.25, 1.0]}, [0, 25, 100]),
+        ("kept", {"predictions": [3, 0, 7], "references": [3, 3, 7]}, [100, 0, 100]),
         ("sparsity", {"predictions": [1.0, 4.0]}, [1, 4]),
     ],
 )
@@ -176,7 +182,7 @@ def test_nan_is_refused(name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", PAIRED + PERTURBATIONS)
+@pytest.mark.parametrize("name", [*PAIRED, *PERTURBATIONS, "kept"])
 def test_unequal_lengths_are_refused(name):
     inputs = {**ONE_ITEM[name], "references": [1, 1]}
     with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
@@ -195,6 +201,9 @@ def test_unequal_lengths_are_refused(name):
         ("negative_perturbation", {"predictions": [[1, 1]], "references": [-1]}, r"^references holds -1"),
         ("pointing_game", {"predictions": [0.5]}, r"^predictions holds 0.5: give 1 for a hit"),
         ("mask_share", {"predictions": [50.0]}, r"^predictions holds 50, outside \[0, 1\]"),
+        ("pixel_average_precision", {"predictions": [50.0]}, r"^predictions holds 50, outside \[0, 1\]"),
+        ("kept", {"predictions": [0.7], "references": [1]}, r"^predictions holds 0.7: give class ids"),
+        ("kept", {"predictions": [1], "references": [-1]}, r"^references holds -1: give class ids"),
         ("sparsity", {"predictions": [0.5]}, r"^predictions holds 0.5"),
         ("sparsity", {"predictions": [np.inf]}, r"^predictions holds inf"),
     ],
