@@ -44,6 +44,12 @@ def read_bytes(path: str) -> bytes:
         return file.read()
 
 
+def file_name(path: str) -> str:
+    """The last part of a path, also of one in an archive."""
+    path = path.removeprefix("zip://").rpartition("::")[0] if path.startswith("zip://") else path
+    return posixpath.basename(path.replace(os.sep, "/"))
+
+
 def stamp(path: str) -> str:
     """Size and time of a file, which change when it does; empty where nobody tells them."""
     try:

@@ -68,7 +68,8 @@ class ShardPlan:
         rows = "an unknown number of images" if num_rows is None else f"{num_rows:,} images"
         if self.by_rows:
             readers = self.world_size * self.busy_workers
-            return f"{rows} in one unsplittable source: {readers} reader(s) keep every {readers}th row each"
+            share = "one reader" if readers == 1 else f"each of {readers} readers keeps its share of the rows"
+            return f"{rows} in one unsplittable source: {share}"
         most = -(-self.num_shards // self.world_size)
         least = self.num_shards // self.world_size
         share = str(most) if most == least else f"{least} or {most}"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, IterableDataset
 
-from .files import is_address, stamp
+from .files import file_name, is_address, stamp
 from .labels import class_ids, match_classes, normalize_name
 
 ONLY_CLASS = "only_class"  # a column of zeros, for `match_classes` to take for labels
@@ -202,7 +202,7 @@ class Split:
         for number, row in enumerate(self._rows()):
             example = {role: row[column] for role, column in self.columns.items()}
             path = example["image"].get("path") if isinstance(example["image"], dict) else None
-            identity = example.get("id", Path(path).name if path else number)
+            identity = example.get("id", file_name(path) if path else number)
             ids = None
             if self.label_column:
                 ids = self._known_ids(example["label"], str(identity), None) or None
@@ -262,7 +262,7 @@ def fingerprint(split: Split) -> str:
         for row in split.stream:
             for value in row.values():
                 path = value.get("path") if isinstance(value, dict) else None
-                digest.update(f"{Path(path).name} {stamp(path)}\n".encode() if path else f"{value}\n".encode())
+                digest.update(f"{file_name(path)} {stamp(path)}\n".encode() if path else f"{value}\n".encode())
     elif split.files:
         for path in split.files:
             digest.update(f"{Path(path).name} {stamp(path)}\n".encode())

@@ -7,10 +7,10 @@ run.
 
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from castream.data.decoding import open_image, open_mask
+from castream.data.files import file_name
 from castream.data.labels import UnknownClassesError, class_ids
 from castream.data.opening import Split, describe_dataset, fingerprint
 from PIL import Image
@@ -218,7 +218,7 @@ def _object_mask(row: dict, size: tuple[int, int], read_boxes: bool) -> Image.Im
 def _path_of(row: dict) -> str:
     image = row["image"]
     path = image.get("path") if isinstance(image, dict) else None
-    return Path(path).name if path else str(row["index"])
+    return file_name(path) if path else str(row["index"])
 
 
 def _class_ids(label, identity: str, num_labels: int) -> list[int]:
