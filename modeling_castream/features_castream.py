@@ -121,15 +121,20 @@ def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
         pixel_values: (batch_size, num_channels, height, width), normalised.
 
     Raises:
-        ValueError: if the model is of another kind, or `pixel_values` of another shape.
+        ValueError: if the model is of another kind, or `pixel_values` no tensor, empty, or of another shape.
     """
     if not (hasattr(model, "castream") and hasattr(model, "classify")):
         raise ValueError(
             f"model must be a CAStreamForImageClassification, got {type(model).__name__}: load it with "
             "AutoModelForImageClassification, and unwrap it if a trainer wrapped it."
         )
-    if isinstance(pixel_values, torch.Tensor):
-        pixel_values = pixel_values.detach().to(model.device, model.dtype)
+    if not isinstance(pixel_values, torch.Tensor) or not pixel_values.numel():
+        got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+        raise ValueError(
+            "pixel_values must have the shape (batch_size, num_channels, height, width), with at least one image, got "
+            f"{got}: pass image_processor(images, return_tensors='pt')['pixel_values']."
+        )
+    pixel_values = pixel_values.detach().to(model.device, model.dtype)
     kind = model.device.type
     autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     with evaluating(model):

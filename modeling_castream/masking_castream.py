@@ -1,5 +1,7 @@
 """Channel weights found by trying: Score-CAM masks the image by each channel, Ablation-CAM leaves each channel out."""
 
+from collections.abc import Iterator
+
 import torch
 from torch.nn import functional as F
 
@@ -14,6 +16,12 @@ def default_chunk_size(pixel_values: torch.Tensor) -> int:
     """
     images = 8 if pixel_values.device.type == "cpu" else 128
     return max(1, images * 224 * 224 // pixel_values[0, 0].numel())
+
+
+def _chunks(items: torch.Tensor, channels: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The pairs of item and channel to try, `size` at a time; nothing where there is none, which split would yield."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size], channels[start : start + size]
 
 
 def score_cam_weights(
@@ -58,10 +66,7 @@ def score_cam_weights(
         probabilities = _probabilities(features, (-shift).expand_as(pixel_values[:1]), wanted, autocast_dtype)
         for name, one in wanted.items():
             weights[name][constant] = probabilities[name][0][one[constant.nonzero()[:, 0]]]
-    for rows in torch.arange(len(items), device=items.device).split(
-        chunk_size or default_chunk_size(features.pixel_values)
-    ):
-        item, channel = items[rows], channels[rows]
+    for item, channel in _chunks(items, channels, chunk_size or default_chunk_size(pixel_values)):
         masks = _masks(feature_map[item, channel], pixel_values.shape[-2:])
         masked = torch.addcmul(-shift, pixel_values[item] + shift, masks.to(pixel_values.dtype))
         probabilities = _probabilities(features, masked, wanted, autocast_dtype)
@@ -117,10 +122,7 @@ def ablation_cam_weights(
     query = _last_query(features, target) if pooling == "ca" else None
     scores = logits.gather(1, target[:, None]).float().expand(feature_map.shape[:2]).clone()
     items, channels = feature_map.flatten(2).count_nonzero(2).nonzero(as_tuple=True)
-    for rows in torch.arange(len(items), device=items.device).split(
-        chunk_size or default_chunk_size(features.pixel_values)
-    ):
-        item, channel = items[rows], channels[rows]
+    for item, channel in _chunks(items, channels, chunk_size or default_chunk_size(features.pixel_values)):
         ablated = feature_map[item]
         ablated[torch.arange(len(item), device=item.device), channel] = 0
         one_query = None if query is None else query[item]

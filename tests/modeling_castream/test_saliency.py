@@ -6,9 +6,10 @@ import warnings
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import Dinov2Config, SwinConfig
+from transformers import BatchFeature, Dinov2Config, SwinConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
+from modeling_castream.masking_castream import ablation_cam_weights
 from modeling_castream.saliency_castream import METHODS, empty_maps, explain_features, extract
 from tests.modeling_castream.tiny import tiny_model, tiny_resnet
 
@@ -254,6 +255,23 @@ def test_score_cam_passes_constant_channels_and_poolings_once(monkeypatch):
     torch.testing.assert_close(together["ca"][0] - without[0], shift.expand(without[0].shape), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_map_of_one_position_has_nothing_to_show(method, pooling):
+    """32 pixels at stride 32: every channel is constant, so that there is nothing to mask or to leave out."""
+    model, pixel_values = MODELS["resnet"](), pixels()[:, :, :32, :32]
+    with pytest.warns(UserWarning, match=f"3 of 3 {method} maps are flat"):
+        maps = explain(model, pixel_values, TARGET, method, pooling)
+    assert maps.shape == (3, 32, 32) and not maps.any()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_leaving_out_channels_of_zeros_changes_nothing(pooling):
+    features = extract(MODELS["resnet"](), pixels())
+    features.feature_maps = (*features.feature_maps[:-1], torch.zeros_like(features.feature_maps[-1]))
+    assert not ablation_cam_weights(features, TARGET, pooling).any()
+
+
 @pytest.mark.parametrize("method", ["score_cam", "ablation_cam"])
 def test_chunk_size_changes_nothing(method):
     model, pixel_values = MODELS["resnet"](), pixels()
@@ -495,9 +513,23 @@ def test_bad_models_and_images_are_one_clear_error():
     model = tiny_model()
     with pytest.raises(ValueError, match="model must be a CAStreamForImageClassification, got CAStreamModel"):
         explain(model.castream, pixels())
-    for pixel_values in (torch.zeros(3, 64, 64), None, torch.zeros(1, 1, 64, 64)):
+    for pixel_values in (torch.zeros(3, 64, 64), torch.zeros(1, 1, 64, 64)):
         with pytest.raises(ValueError, match="pixel_values must have the shape"):
             explain(model, pixel_values)
+    images = pixels()
+    for pixel_values, got in (
+        (None, "NoneType"),
+        (images.numpy(), "ndarray"),
+        (list(images), "list"),
+        ({"pixel_values": images}, "dict"),
+        (BatchFeature({"pixel_values": images}), "BatchFeature"),
+        (images[:0], r"\(0, 3, "),
+    ):
+        with pytest.raises(
+            ValueError, match=f"pixel_values must have the shape .* got {got}.*: pass image_pro"
+        ) as error:
+            explain(model, pixel_values)
+        assert "\n" not in str(error.value)
 
 
 def test_score_cam_of_several_labels_takes_each_labels_own_probability():
