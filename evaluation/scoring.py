@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from modeling_castream.features_castream import Features, run_backbone
+from modeling_castream.features_castream import Features, run_features
 
 from .controls import match_norm
 from .settings import EvaluationSettings
@@ -50,8 +50,7 @@ class Scorer:
         """One backbone pass, under the settings' autocast; the model must be in eval mode."""
         dtype = AUTOCAST_DTYPES.get(self.settings.autocast)
         with torch.no_grad():
-            feature_maps, cls_token = run_backbone(self.model, pixel_values.to(self.model.dtype), dtype)
-        return Features(self.model, pixel_values, feature_maps, cls_token, dtype)
+            return run_features(self.model, pixel_values.to(self.model.dtype), dtype)
 
     @torch.no_grad()
     def logits(self, features: Features) -> dict[str, torch.Tensor]:

@@ -105,9 +105,17 @@ def _resolve_network_layers(config) -> list[str]:
     elif layers[-1] != names[-1]:
         raise ValueError(f"stream_layers must end with the pooled feature map {names[-1]!r}, got {layers}.")
     config.stream_layers = list(layers)
+    _resolve_evidence_layers(config, names)
     if config.stream_channels is None and channels and set(layers) <= set(names):
         config.stream_channels = [channels[names.index(name)] for name in layers]
-    return [name for name in names if name in layers]
+    return [name for name in names if name in config.feature_layers]
+
+
+def _resolve_evidence_layers(config, stages: list[str]) -> None:
+    """Write `config.evidence_layers`: the pooled feature map and, for two depths, the stage before the last."""
+    if config.evidence_queries and config.evidence_layers is None:
+        finer = stages[-2:-1] if config.evidence_depths == 2 else []
+        config.evidence_layers = [*finer, config.stream_layers[-1]]
 
 
 def resolve_stream_layers(config) -> list[str]:
@@ -139,6 +147,8 @@ def resolve_stream_layers(config) -> list[str]:
     if layers[-1] != pooled:
         raise ValueError(f"stream_layers must end with the pooled feature map {pooled!r}, got {layers}.")
     config.stream_layers = layers
+    _resolve_evidence_layers(config, names)
+    stages = [name for name in names if name in (*stages, *config.feature_layers)]
     if is_timm:
         backbone_config.out_indices = [names.index(name) for name in stages]
     else:
@@ -159,7 +169,7 @@ def build_backbone(config) -> nn.Module:
         names = config.backbone_config.features["layers"]
         backbone = TimmNetwork(config.backbone_config, config.num_labels)
         backbone.inner_layers = [names.index(name) for name in stages[:-1]]
-        _capture_submodules(backbone, backbone.timm_model, config.stream_layers, names)
+        _capture_submodules(backbone, backbone.timm_model, config.feature_layers, names)
         return backbone
     backbone = AutoBackbone.from_config(config.backbone_config)
     norms = getattr(backbone, "hidden_states_norms", nn.ModuleDict())  # an AutoBackbone's addition, untrained
@@ -167,7 +177,7 @@ def build_backbone(config) -> nn.Module:
         norms.add_module(name, nn.Identity())
     if config.backbone_config.model_type == "swin":
         _match_swin_windows(backbone)
-    _capture_submodules(backbone, backbone, config.stream_layers, [*stages, NECK])
+    _capture_submodules(backbone, backbone, config.feature_layers, [*stages, NECK])
     return backbone
 
 
@@ -283,14 +293,14 @@ def read_feature_maps(
         pixel_values: (batch_size, num_channels, height, width), normalised.
 
     Returns:
-        The feature maps named by `config.stream_layers`, each (batch_size, num_channels_l, height_l, width_l), the
+        The feature maps named by `config.feature_layers`, each (batch_size, num_channels_l, height_l, width_l), the
         pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
     """
     feature_maps, output = run_backbone(backbone, pixel_values, output_hidden_states=config.classifier_cls_token)
     if not isinstance(backbone, TimmNetwork):
         feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
     cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
-    return tuple(feature_maps[name] for name in config.stream_layers), cls_token
+    return tuple(feature_maps[name] for name in config.feature_layers), cls_token
 
 
 def is_channels_last(backbone: nn.Module) -> bool:

@@ -12,6 +12,7 @@ POOLINGS = ("ca", "gap")
 VARIANTS = ("stream", "final")
 INITS = ("gap", "reference")
 QUERIES = ("class_agnostic", "class_specific")
+EVIDENCE_QUERIES = ("memory", "constant")
 
 # Layers that a family's own classifier puts between its last feature map and the pooling (neck) or between the pooling
 # and the linear classifier (head), and that its AutoBackbone leaves out.
@@ -74,6 +75,22 @@ class CAStreamConfig(PreTrainedConfig):
             the stream, and class c's logit read from its own token (the paper's ablation); one head only.
         output_projection (`bool`, defaults to `True`):
             Whether the last pooling is followed by its linear map W_L, as the inner ones always are.
+        unit_keys (`bool`, defaults to `False`):
+            Whether positions attend by the direction of their features alone, scores_l(p) = q_l . F_l(p) / ||F_l(p)||:
+            a long vector then weighs no more than a short one.
+        preserve_norm (`bool`, defaults to `False`):
+            Whether the stream's pooled vector is rescaled to the length of the mean over positions, so that the stream
+            says where to look and cannot make the classifier more confident by a longer vector.
+        evidence_queries (`list[str]`, *optional*):
+            Evidence blocks beside the stream: `"memory"`, which reads the classifier first and returns what the
+            prediction rests on, and `"constant"`, which finds objects. `None`: no such block.
+        evidence_depths (`int`, defaults to 2):
+            Feature maps that the evidence blocks read: 1, the pooled one, or 2, the one before it, too, at whose
+            resolution the map then is.
+        evidence_layers (`list[str]`, *optional*):
+            Names of these feature maps. `None`: the model finds them, and writes them here.
+        evidence_channels (`list[int]`, *optional*):
+            Number of channels at each of `evidence_layers`. `None`: the model finds them, and writes them here.
         init (`str`, defaults to `"gap"`):
             `"gap"`: queries and inner maps zero, W_L the identity, so that the untrained stream equals GAP.
             `"reference"`: q_0 ~ N(1, 1) and Xavier-uniform maps, as in the authors' code.
@@ -119,6 +136,12 @@ class CAStreamConfig(PreTrainedConfig):
     num_attention_heads: int = 1
     query: str = "class_agnostic"
     output_projection: bool = True
+    unit_keys: bool = False
+    preserve_norm: bool = False
+    evidence_queries: list[str] | None = None
+    evidence_depths: int = 2
+    evidence_layers: list[str] | None = None
+    evidence_channels: list[int] | None = None
     init: str = "gap"
     freeze_backbone: bool = True
     freeze_classifier: bool = False
@@ -164,6 +187,12 @@ class CAStreamConfig(PreTrainedConfig):
         """Replace `eps_from`, the name of a backbone option, by that option's value."""
         return [{"type": layer["type"], "eps": getattr(self.backbone_config, layer["eps_from"])} for layer in layers]
 
+    @property
+    def feature_layers(self) -> list[str]:
+        """Names of all feature maps that the model takes from its backbone: the stream's, and before them the one that
+        only the evidence blocks read."""
+        return [name for name in self.evidence_layers or [] if name not in self.stream_layers] + self.stream_layers
+
     def validate_architecture(self):
         """Check the fields against each other. Called by the constructor.
 
@@ -180,6 +209,18 @@ class CAStreamConfig(PreTrainedConfig):
             raise ValueError(
                 f"query='class_specific' works with num_attention_heads=1, got {self.num_attention_heads}."
             )
+        unknown = [query for query in self.evidence_queries or [] if query not in EVIDENCE_QUERIES]
+        if unknown:
+            raise ValueError(f"evidence_queries must be out of {', '.join(EVIDENCE_QUERIES)}, got {unknown}.")
+        if self.evidence_depths not in (1, 2):
+            raise ValueError(f"evidence_depths must be 1 or 2, got {self.evidence_depths}.")
+        if "memory" in (self.evidence_queries or []) and self.num_labels < 2:
+            raise ValueError(
+                f"evidence_queries=['memory'] compares the classifier's rows and needs at least two labels, got "
+                f"{self.num_labels}: use ['constant']."
+            )
+        if self.query == "class_specific" and self.preserve_norm:
+            raise ValueError("query='class_specific' works with preserve_norm=False, got True.")
         layers, channels = self.stream_layers, self.stream_channels
         if layers is not None and (not layers or len(set(layers)) != len(layers)):
             raise ValueError(f"stream_layers must name at least one layer and none twice, got {layers}.")

@@ -29,7 +29,6 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-EVIDENCE_QUERIES = ("memory", "constant")
 _RANK = 64  # of B A, the correction of the query by the pooled vector
 _FIRST_SHARPNESS = 5.0  # tau before training: a cosine alone would leave the softmax next to uniform
 _SCALAR_GAIN = 20.0  # scalars are kept divided by it: they need steps that much longer than vectors do
@@ -96,7 +95,8 @@ class EvidenceBlock(nn.Module):
         else:
             read = memory[target]
         direction = unit(pooled)
-        return unit(read) + self.scalar("pooled") * direction + self.bias + self.up(self.down(direction))
+        correction = self.up(self.down(direction.to(self.down.weight.dtype))).to(direction.dtype)
+        return unit(read) + self.scalar("pooled") * direction + self.bias + correction
 
     def scores(
         self,
@@ -116,18 +116,19 @@ class EvidenceBlock(nn.Module):
         Returns:
             (batch_size, height, width), float32 or better.
         """
-        feature_map = feature_maps[-1].to(torch.promote_types(feature_maps[-1].dtype, torch.float32))
+        dtype = torch.promote_types(feature_maps[-1].dtype, torch.float32)  # for lengths and a softmax
+        feature_map, logits, memory = feature_maps[-1].to(dtype), logits.to(dtype), memory.to(dtype)
         norms = feature_map.norm(dim=1, keepdim=True)
         keys, relative = feature_map / norms.clamp_min(_TINY), norms / norms.mean((2, 3), keepdim=True).clamp_min(_TINY)
-        query = unit(self.query(feature_map.mean((2, 3)), logits, memory, target))
+        query = unit(self.query(feature_map.mean((2, 3)), logits, memory, target).to(dtype))
         scores = self.scalar("sharpness") * _similarity(query, keys)
         scores = scores + self.scalar("norm") * relative
         scores = scores + self.scalar("log_norm") * relative.clamp_min(_LEAST_NORM).log()
         scores = scores + self.scalar("smoothing") * F.avg_pool2d(scores, 3, 1, 1, count_include_pad=False)
         if self.has_finer_map:
-            finer = feature_maps[0].to(feature_map.dtype)
+            finer = feature_maps[0].to(dtype)
             scores = F.interpolate(scores, finer.shape[2:], mode="bilinear", align_corners=False)
-            query = unit(self.finer_query, dim=0).expand(len(finer), -1)
+            query = unit(self.finer_query.to(dtype), dim=0).expand(len(finer), -1)
             scores = scores + self.scalar("finer_sharpness") * _similarity(query, unit(finer))
         return scores.squeeze(1)
 
@@ -147,4 +148,4 @@ def _similarity(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (query[:, None] @ keys.flatten(2)).unflatten(2, keys.shape[2:])
 
 
-__all__ = ["EVIDENCE_QUERIES", "EvidenceBlock", "unit"]
+__all__ = ["EvidenceBlock", "unit"]

@@ -7,7 +7,7 @@ within `evaluating(model)`.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -81,6 +81,7 @@ class Features:
         feature_maps: what the stream reads, shallow to deep, the pooled map last.
         cls_token: (batch_size, hidden_size), or None where the classifier does not read it.
         autocast_dtype: what the backbone ran under, None for no autocast.
+        evidence_features: what evidence blocks read, the pooled map last; empty without such a block.
     """
 
     model: nn.Module
@@ -88,6 +89,7 @@ class Features:
     feature_maps: tuple[torch.Tensor, ...]
     cls_token: torch.Tensor | None
     autocast_dtype: torch.dtype | None = None
+    evidence_features: tuple[torch.Tensor, ...] = ()
     _pooled: dict[str, Pooled] = field(default_factory=dict)
 
     def pool(self, pooling: str | None = None) -> Pooled:
@@ -109,8 +111,17 @@ class Features:
     def select(self, index: torch.Tensor) -> "Features":
         """The items at `index` (a LongTensor; repeats allowed), e.g. one for each of an image's labels."""
         cls_token = None if self.cls_token is None else self.cls_token[index]
-        feature_maps = tuple(feature_map[index] for feature_map in self.feature_maps)
-        return Features(self.model, self.pixel_values[index], feature_maps, cls_token, self.autocast_dtype)
+        feature_maps, evidence_features = (
+            tuple(one[index] for one in maps) for maps in (self.feature_maps, self.evidence_features)
+        )
+        return replace(
+            self,
+            pixel_values=self.pixel_values[index],
+            feature_maps=feature_maps,
+            cls_token=cls_token,
+            evidence_features=evidence_features,
+            _pooled={},
+        )
 
 
 def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
@@ -138,8 +149,19 @@ def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
     kind = model.device.type
     autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     with evaluating(model):
-        feature_maps, cls_token = run_backbone(model, pixel_values, autocast_dtype)
-    return Features(model, pixel_values, feature_maps, cls_token, autocast_dtype)
+        return run_features(model, pixel_values, autocast_dtype)
+
+
+def run_features(model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None) -> Features:
+    """The features of a batch that lies on the model's device in its dtype."""
+    feature_maps, cls_token = run_backbone(model, pixel_values, autocast_dtype)
+    evidence_features = model.castream.evidence_features(feature_maps) if _has_evidence(model) else ()
+    feature_maps = feature_maps[-len(model.config.stream_layers) :]
+    return Features(model, pixel_values, feature_maps, cls_token, autocast_dtype, evidence_features)
+
+
+def _has_evidence(model: nn.Module) -> bool:
+    return bool(model.config.evidence_queries)
 
 
 def run_backbone(
@@ -180,7 +202,20 @@ def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> 
     Returns:
         (batch_size, num_channels), float32: sum_p d logit_c / d F_L(p).
     """
+    config = features.model.config
+    if pooling == "ca" and (config.unit_keys or config.preserve_norm):  # a shift turns the keys and changes the length
+        return pooled_map_gradients(features, target, pooling).sum((2, 3))
+    return logit_direction(features, target, pooling)
+
+
+def logit_direction(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:
+    """The direction v_c of logit_c = bias + sum_p a(p) v_c . F(p), (batch_size, num_channels), float32.
+
+    W_L^T d logit_c / d pooler_output; where the norm is preserved, times the image's ratio of the two lengths.
+    """
     direction = _pooled_gradients(features, target, pooling)
+    if pooling == "ca" and features.model.config.preserve_norm:
+        direction = direction * _norm_ratio(features)
     projection = features.model.castream.stream.blocks[-1].projection
     if pooling == "gap" or type(projection) is nn.Identity:
         return direction.float()
@@ -189,6 +224,12 @@ def pooled_direction(features: Features, target: torch.Tensor, pooling: str) -> 
     with torch.enable_grad():  # a linear map of another kind, e.g. with an adapter
         origin = torch.zeros_like(features.feature_maps[-1][:, :, 0, 0], requires_grad=True)
         return torch.autograd.grad(projection(origin), origin, direction)[0].float()
+
+
+def _norm_ratio(features: Features) -> torch.Tensor:
+    """||mean_p F_L|| / ||q_{L+1}||, (batch_size, 1)."""
+    query, _ = features.model.castream.stream(features.feature_maps)
+    return features.feature_maps[-1].mean((2, 3)).norm(dim=1, keepdim=True) / query.squeeze(1).norm(dim=1, keepdim=True)
 
 
 def _pooled_gradients(features: Features, target: torch.Tensor, pooling: str) -> torch.Tensor:

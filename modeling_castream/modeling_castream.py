@@ -7,10 +7,12 @@ Symbols of the paper and their names here, l = 0..L being the depths the stream 
     a_l      attention    (batch_size, num_queries * heads, height_l, width_l), softmax over positions
     W_l, b_l projection   num_channels_l -> num_channels_{l+1}; the last one keeps num_channels_L
 
-    scores_l(p) = q_l . F_l(p) / sqrt(d_l)
+    scores_l(p) = q_l . F_l(p) / sqrt(d_l)          or, with unit keys, q_l . F_l(p) / ||F_l(p)||
     a_l         = softmax_p scores_l
     q_{l+1}     = W_l sum_p a_l(p) F_l(p) + b_l
-    logits      = classifier(q_{L+1})
+    logits      = classifier(q_{L+1})               or, preserving the norm, of unit(q_{L+1}) ||mean_p F_L(p)||
+
+Beside the stream may stand evidence blocks, whose equations are in `evidence_castream`.
 """
 
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from .backbone_castream import (
     read_feature_maps,
 )
 from .configuration_castream import CAStreamConfig, resolve_pooling
+from .evidence_castream import EvidenceBlock, unit
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 from .network_castream import NECK, TimmNetwork
 
@@ -50,6 +53,8 @@ class CAStreamModelOutput(ModelOutput):
             class-specific queries the second axis runs over the classes.
         cls_token (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
             The backbone's CLS token, where the classifier reads it.
+        evidence_features (`tuple(torch.FloatTensor)`, *optional*, with an evidence block):
+            The feature maps that it reads, the pooled one last.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
             The feature maps that the blocks read.
     """
@@ -58,6 +63,7 @@ class CAStreamModelOutput(ModelOutput):
     pooler_output: torch.FloatTensor | None = None
     attention_maps: tuple[torch.FloatTensor, ...] | None = None
     cls_token: torch.FloatTensor | None = None
+    evidence_features: tuple[torch.FloatTensor, ...] | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -73,6 +79,8 @@ class CAStreamImageClassifierOutput(ModelOutput):
             Scores before softmax (single label) or sigmoid (multi-label).
         attention_maps (`tuple(torch.FloatTensor)`, one per block, `(batch_size, num_heads, height_l, width_l)`):
             The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling.
+        evidence_map (`torch.FloatTensor` of shape `(batch_size, height, width)`, *optional*, with an evidence block):
+            Of the first of `config.evidence_queries`, in [0, 1], summing to 1 over positions.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
             The feature maps that the blocks read.
     """
@@ -80,10 +88,13 @@ class CAStreamImageClassifierOutput(ModelOutput):
     loss: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
     attention_maps: tuple[torch.FloatTensor, ...] | None = None
+    evidence_map: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
 
 
-def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: int) -> torch.Tensor:
+def attention_scores(
+    query: torch.Tensor, feature_map: torch.Tensor, num_heads: int, unit_keys: bool = False
+) -> torch.Tensor:
     """Similarity of queries and positions: q_l . F_l(p) / sqrt(d_l), in float32 or better.
 
     With several heads the channels split into `num_heads` groups, and the scale stays that of all d_l channels, as in
@@ -92,15 +103,18 @@ def attention_scores(query: torch.Tensor, feature_map: torch.Tensor, num_heads: 
     Args:
         query: (batch_size, num_queries, num_channels).
         feature_map: (batch_size, num_channels, height, width).
+        unit_keys: whether the features are scaled to length 1 instead of the scores by 1 / sqrt(d_l).
 
     Returns:
         (batch_size, num_queries * num_heads, height * width).
     """
+    if unit_keys:
+        feature_map = unit(feature_map)
     batch_size, num_queries, num_channels = query.shape
     positions = feature_map.flatten(2).unflatten(1, (num_heads, -1))  # (batch, heads, channels / heads, positions)
     queries = query.unflatten(2, (num_heads, -1)).transpose(1, 2)  # (batch, heads, queries, channels / heads)
     scores = queries @ positions
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * num_channels**-0.5
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * (1 if unit_keys else num_channels**-0.5)
     return scores.transpose(1, 2).reshape(batch_size, num_queries * num_heads, -1)
 
 
@@ -127,22 +141,24 @@ class CrossAttentionPooling(nn.Module):
         in_channels: d_l.
         out_channels: d_{l+1}, or None for no linear map.
         num_heads: must divide `in_channels`.
+        unit_keys: see `attention_scores`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int | None, num_heads: int):
+    def __init__(self, in_channels: int, out_channels: int | None, num_heads: int, unit_keys: bool = False):
         super().__init__()
         if in_channels % num_heads:
             raise ValueError(
                 f"num_attention_heads must divide the channels of every stream layer, got {num_heads} for "
                 f"{in_channels} channels."
             )
-        self.num_heads = num_heads
+        self.num_heads, self.unit_keys = num_heads, unit_keys
         self.projection = nn.Identity() if out_channels is None else nn.Linear(in_channels, out_channels)
 
     def forward(self, query: torch.Tensor, feature_map: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, queries, d_l) and (batch, d_l, height, width) -> (batch, queries, d_{l+1}) and the attention
         (batch, queries * heads, height, width)."""
-        attention = attention_scores(query, feature_map, self.num_heads).softmax(-1).to(feature_map.dtype)
+        scores = attention_scores(query, feature_map, self.num_heads, self.unit_keys)
+        attention = scores.softmax(-1).to(feature_map.dtype)
         pooled = attend(attention, feature_map, self.num_heads)
         return self.projection(pooled), attention.unflatten(2, feature_map.shape[2:])
 
@@ -155,19 +171,31 @@ class CrossAttentionStream(nn.Module):
         num_queries: 1, or the number of classes.
         num_heads: heads of every block.
         output_projection: whether the last block has its W_L.
+        unit_keys: see `attention_scores`.
     """
 
-    def __init__(self, num_channels: list[int], num_queries: int, num_heads: int, output_projection: bool):
+    def __init__(
+        self,
+        num_channels: list[int],
+        num_queries: int,
+        num_heads: int,
+        output_projection: bool,
+        unit_keys: bool = False,
+    ):
         super().__init__()
         last = num_channels[-1] if output_projection else None
         self.query = nn.Parameter(torch.zeros(num_queries, num_channels[0]))
         self.blocks = nn.ModuleList(
-            CrossAttentionPooling(in_channels, out_channels, num_heads)
+            CrossAttentionPooling(in_channels, out_channels, num_heads, unit_keys)
             for in_channels, out_channels in zip(num_channels, [*num_channels[1:], last], strict=True)
         )
 
     def forward(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """Feature maps, shallow to deep -> q_{L+1} (batch, queries, d_L) and one attention map per block."""
+        """Feature maps, shallow to deep -> q_{L+1} (batch, queries, d_L) and one attention map per block.
+
+        Feature maps before the stream's, which only evidence blocks read, are passed over.
+        """
+        feature_maps = feature_maps[-len(self.blocks) :]
         query = self.query.expand(feature_maps[0].shape[0], -1, -1)
         attention_maps = ()
         for block, feature_map in zip(self.blocks, feature_maps, strict=True):
@@ -189,6 +217,8 @@ class CAStreamPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
+        if isinstance(module, EvidenceBlock):
+            module.reset_parameters()
         if not isinstance(module, CrossAttentionStream):
             return
         reference = self.config.init == "reference"
@@ -249,16 +279,24 @@ class CAStreamModel(CAStreamPreTrainedModel):
         super().__init__(config)
         self.backbone = build_backbone(config)
         self.neck = nn.Identity()
-        if config.stream_channels is None or config.neck_layers:
+        lacks_channels = config.evidence_layers is not None and config.evidence_channels is None
+        if config.stream_channels is None or config.neck_layers or lacks_channels:
             channels = feature_channels(config)
+            deepest = getattr(self.backbone, "out_features", config.stream_layers)[-1]
             self.neck, channels[NECK] = build_layers(
-                config.neck_layers, channels[self.backbone.out_features[-1]], spatial=True, name="neck_layers"
+                config.neck_layers, channels[deepest], spatial=True, name="neck_layers"
             )
             if config.stream_channels is None:
                 config.stream_channels = [channels[name] for name in config.stream_layers]
+            if lacks_channels:
+                config.evidence_channels = [channels[name] for name in config.evidence_layers]
         num_queries = config.num_labels if config.query == "class_specific" else 1
         self.stream = CrossAttentionStream(
-            config.stream_channels, num_queries, config.num_attention_heads, config.output_projection
+            config.stream_channels,
+            num_queries,
+            config.num_attention_heads,
+            config.output_projection,
+            config.unit_keys,
         )
         self.supports_gradient_checkpointing = any(
             hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()
@@ -277,7 +315,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
             pixel_values: (batch_size, num_channels, height, width), normalised.
 
         Returns:
-            The feature maps that the stream reads, the pooled one last; the CLS token where the classifier reads it.
+            The feature maps of `config.feature_layers`, the pooled one last; the CLS token where the classifier reads
+            it.
 
         Raises:
             ValueError: on an input that is not such a batch.
@@ -308,7 +347,14 @@ class CAStreamModel(CAStreamPreTrainedModel):
         if resolve_pooling(self.config, pooling) == "gap":
             return feature_maps[-1].mean((2, 3)), ()
         query, attention_maps = self.stream(feature_maps)
+        if self.config.preserve_norm:
+            length = feature_maps[-1].mean((2, 3)).norm(dim=1)[:, None, None]
+            query = unit(query, dim=2) * length
         return (query if self.config.query == "class_specific" else query.squeeze(1)), attention_maps
+
+    def evidence_features(self, feature_maps: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        """Those of the feature maps of `extract_features` that evidence blocks read, the pooled one last."""
+        return tuple(feature_maps[self.config.feature_layers.index(name)] for name in self.config.evidence_layers)
 
     @can_return_tuple
     def forward(
@@ -329,6 +375,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         feature_maps, cls_token = self.extract_features(pixel_values)
+        evidence_features = self.evidence_features(feature_maps) if self.config.evidence_queries else None
         pooler_output, attention_maps = self.pool_features(feature_maps, pooling)
         if not attention_maps:
             _, attention_maps = self.stream(feature_maps)
@@ -337,7 +384,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
             pooler_output=pooler_output,
             attention_maps=attention_maps,
             cls_token=cls_token,
-            hidden_states=select_hidden_states(feature_maps, output_hidden_states),
+            evidence_features=evidence_features,
+            hidden_states=select_hidden_states(feature_maps[-len(self.stream.blocks) :], output_hidden_states),
         )
 
 
@@ -356,6 +404,10 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             num_features = self.castream.backbone.num_features
         has_classifier = num_features is not None and config.num_labels > 0
         self.classifier = nn.Linear(num_features, config.num_labels) if has_classifier else nn.Identity()
+        self.evidence = nn.ModuleDict()
+        for query in config.evidence_queries or []:
+            self.evidence[query] = EvidenceBlock(query, *reversed(config.evidence_channels))
+        self._check_memory()
         self.supports_gradient_checkpointing = self.castream.supports_gradient_checkpointing
         self.post_init()
         self.freeze()
@@ -400,6 +452,37 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             return (features * self.classifier.weight).sum(-1) + self.classifier.bias
         return self.classifier(features)
 
+    def _check_memory(self) -> None:
+        """Refuse a memory whose rows are no directions of the pooled feature map."""
+        if "memory" not in self.evidence:
+            return
+        num_channels, classifier = self.config.evidence_channels[-1], self.classifier
+        if not isinstance(classifier, nn.Linear) or classifier.in_features % num_channels:
+            width = getattr(classifier, "in_features", "no linear layer")
+            raise ValueError(
+                f"evidence_queries=['memory'] needs a classifier that reads the {num_channels} channels of the pooled "
+                f"feature map, got {width}: use ['constant']."
+            )
+
+    def evidence_scores(
+        self,
+        query: str,
+        evidence_features: tuple[torch.Tensor, ...],
+        cls_token: torch.Tensor | None = None,
+        target: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What an evidence block says of each position before the softmax, (batch_size, height, width), float32.
+
+        Args:
+            query: the block, one of `config.evidence_queries`.
+            evidence_features: as `castream.evidence_features` returns them.
+            cls_token: as `castream.extract_features` returns it.
+            target: class ids (batch_size,), for the evidence of these classes; None: of the prediction.
+        """
+        logits = self.classify(evidence_features[-1].mean((2, 3)), cls_token)
+        memory = self.classifier.weight[:, -evidence_features[-1].shape[1] :]
+        return self.evidence[query].scores(evidence_features, logits, memory - memory.mean(0), target)
+
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """What logits (..., num_labels) say in [0, 1], float32: softmax over classes; for a multi-label model, and for
         a single logit, each class's own sigmoid.
@@ -436,8 +519,17 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config, **kwargs)
+        evidence_map = None
+        if self.evidence:
+            first = self.config.evidence_queries[0]
+            scores = self.evidence_scores(first, outputs.evidence_features, outputs.cls_token)
+            evidence_map = scores.flatten(1).softmax(-1).view_as(scores)
         return CAStreamImageClassifierOutput(
-            loss=loss, logits=logits, attention_maps=outputs.attention_maps, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            attention_maps=outputs.attention_maps,
+            evidence_map=evidence_map,
+            hidden_states=outputs.hidden_states,
         )
 
 

@@ -29,6 +29,7 @@ from .features_castream import (
     evaluating,
     extract,
     inner_map_gradients,
+    logit_direction,
     pooled_direction,
     pooled_map_gradients,
 )
@@ -42,9 +43,10 @@ _FROM_GRADIENTS = {
     "layer_cam": layer_cam,
     "xgrad_cam": xgrad_cam,
 }
-METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS, "score_cam", "ablation_cam", "eigen_cam")
-_WITHOUT_RELU = ("raw_attention", "eigen_cam")
-_POOLED_LAYER_ONLY = ("attention_cam", "ablation_cam")
+_EVIDENCE = {"evidence": "memory", "object": "constant"}  # the evidence block's query that a method shows
+METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS, "score_cam", "ablation_cam", "eigen_cam", *_EVIDENCE)
+_WITHOUT_RELU = ("raw_attention", "eigen_cam", *_EVIDENCE)
+_POOLED_LAYER_ONLY = ("attention_cam", "ablation_cam", *_EVIDENCE)
 
 Target = int | str | Sequence[int | str] | torch.Tensor | None
 
@@ -74,6 +76,8 @@ def explain(
             LongTensor (batch_size, num_targets) for several maps of each image, or None for the class predicted under
             `pooling`.
         method: one of `METHODS`. `"raw_attention"` is the same for every class, unless queries are class-specific.
+            `"evidence"` shows what the prediction rests on, and with a target what speaks for that class; `"object"`
+            shows where something is, whatever it is. Both need a model with that evidence block.
         pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
         layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
             `"all"` for each of them, stacked on the second axis. At other layers than the pooled one, methods that need
@@ -167,6 +171,11 @@ def explain_features(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
+        if method in _EVIDENCE:
+            wanted = None if target is None else resolve_target(model.config, target, len(features.pixel_values))
+            saliency = _evidence(features, wanted, method)
+            maps = dict.fromkeys(poolings, saliency)  # it does not depend on how the features are pooled
+            return _deliver(maps, poolings, single, relu=bool(relu), normalize=normalize)
         if target is None:
             targets = {name: features.logits(name).argmax(-1) for name in poolings}
         else:  # the logits, and the stream before them, are computed only where a method reads them
@@ -179,6 +188,11 @@ def explain_features(
         else:
             maps = {name: _raw_maps(features, targets[name], method, name, index, chunk_size) for name in poolings}
     relu = method not in _WITHOUT_RELU if relu is None else relu
+    return _deliver(maps, poolings, single, relu, normalize)
+
+
+def _deliver(maps: dict[str, torch.Tensor], poolings: list[str], single: bool, relu: bool, normalize: bool):
+    """The finished maps by pooling, or that of the only one."""
     maps = {name: _finish(one, relu, normalize) for name, one in maps.items()}
     return maps[poolings[0]] if single else maps
 
@@ -265,7 +279,7 @@ def _raw_maps(
         return _attention(features, target, pooling, layer).mean(1)
     if method == "attention_cam":
         attention = _attention(features, target, pooling, layer) if pooling == "ca" else None
-        return attention_terms(pooled_direction(features, target, pooling), feature_map, attention)
+        return attention_terms(logit_direction(features, target, pooling), feature_map, attention)
     if method == "ablation_cam":
         return combine(ablation_cam_weights(features, target, pooling, chunk_size=chunk_size), feature_map)
     if method == "eigen_cam":
@@ -278,6 +292,25 @@ def _raw_maps(
     else:
         gradients = inner_map_gradients(features, target, pooling, layer)
     return _FROM_GRADIENTS[method](feature_map, gradients)
+
+
+def _evidence(features: Features, target: torch.Tensor | None, method: str) -> torch.Tensor:
+    """An evidence block's map, (batch_size, [num_targets,] height, width), float32, summing to 1 over positions.
+
+    Raises:
+        ValueError: where the model has no such block.
+    """
+    model, query = features.model, _EVIDENCE[method]
+    if query not in (model.config.evidence_queries or ()):
+        raise ValueError(
+            f"method {method!r} needs a model with an evidence block (evidence_queries={query!r}): train one with "
+            "objective=mass_fidelity, or choose another method."
+        )
+    if target is not None and target.ndim == 2:
+        return torch.stack([_evidence(features, one, method) for one in target.unbind(1)], dim=1)
+    target = None if target is None else target.to(features.pixel_values.device)
+    scores = model.evidence_scores(query, features.evidence_features, features.cls_token, target)
+    return scores.flatten(1).softmax(-1).view_as(scores).float()
 
 
 def _attention(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:

@@ -21,7 +21,7 @@ from modeling_castream.cam_castream import (
     xgrad_cam,
 )
 from modeling_castream.modeling_castream import CrossAttentionStream
-from modeling_castream.saliency_castream import METHODS
+from tests.modeling_castream.tiny import METHODS
 
 # Two channels on a 1 x 3 map, and the gradient of some logit there.
 FEATURE_MAP = torch.tensor([[[[3.0, 0.0, 4.0]], [[4.0, 2.0, -3.0]]]])
@@ -131,7 +131,14 @@ class ToyClassifier(nn.Module):
     def __init__(self):
         super().__init__()
         self.config = SimpleNamespace(
-            stream_layers=["image"], pooling="ca", query="class_agnostic", label2id={"sky": 0, "sea": 1}, num_labels=2
+            stream_layers=["image"],
+            pooling="ca",
+            query="class_agnostic",
+            label2id={"sky": 0, "sea": 1},
+            num_labels=2,
+            unit_keys=False,
+            preserve_norm=False,
+            evidence_queries=None,
         )
         self.castream = nn.Module()
         self.castream.stream = CrossAttentionStream([2], num_queries=1, num_heads=1, output_projection=False)

@@ -10,8 +10,8 @@ from transformers import BatchFeature, Dinov2Config, SwinConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
 from modeling_castream.masking_castream import ablation_cam_weights
-from modeling_castream.saliency_castream import METHODS, empty_maps, explain_features, extract
-from tests.modeling_castream.tiny import tiny_model, tiny_resnet
+from modeling_castream.saliency_castream import empty_maps, explain_features, extract
+from tests.modeling_castream.tiny import METHODS, tiny_model, tiny_resnet
 
 RAW = {"relu": False, "normalize": False, "upsample": False}
 POOLINGS = ("ca", "gap")

@@ -3,7 +3,7 @@
 import torch
 from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, saliency_castream
 
 
 def tiny_resnet(**kwargs) -> ResNetConfig:
@@ -53,3 +53,7 @@ def tiny_model(kind: str = "resnet", seed: int = 0, **kwargs) -> CAStreamForImag
             for parameter in model.castream.stream.parameters():
                 parameter.normal_(std=0.5)
     return model
+
+
+# Methods that every model has; the others need an evidence block.
+METHODS = [method for method in saliency_castream.METHODS if method not in ("evidence", "object")]
