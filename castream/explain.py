@@ -14,15 +14,16 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from castream.artifacts.files import write_file
+from castream.data.decoding import PHOTO_SUFFIXES
 from modeling_castream.decoding_castream import decode_image
 
 from .command import DEFAULT_MODEL
 from .contact_sheet import ContactSheet
 from .sources import load_pipeline
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SHEET = "contact_sheet.png"
 JPEG_QUALITY = 92
+KEPT = ("label", "score", "method", "pooling", "layer")  # of an answer whose overlay is a file
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,8 @@ def find_photos(names: Sequence[str | os.PathLike], leave_out: str | os.PathLike
     for name in map(os.path.expanduser, names):
         path = Path(name)
         if path.is_dir():
-            inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file())
-            found.update((file, None) for file in inside if written not in file.resolve().parents)
+            inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in PHOTO_SUFFIXES)
+            found.update((file, None) for file in inside if file.is_file() and written not in file.resolve().parents)
         elif path.exists() or not glob.has_magic(name):
             found[path] = None
         else:
@@ -176,8 +177,7 @@ def _write_overlays(folder: Path, path: Path, answers: list[dict], taken: set[st
         taken.add(name.casefold())
         file = folder / f"{name}.jpg"
         write_file(file, _encoded(answer["overlay"], "JPEG", quality=JPEG_QUALITY))
-        slim = {key: value for key, value in answer.items() if key not in ("saliency", "box", "overlay")}
-        written.append({**slim, "file": file})
+        written.append({**{key: answer[key] for key in KEPT}, "file": file})
     return written
 
 
