@@ -1,6 +1,7 @@
 """Decoding: one way from whatever holds an image to 8-bit RGB, for training, evaluation and masks alike."""
 
 import io
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ PHOTO_SUFFIXES = (
 )
 
 
+@lru_cache(maxsize=1)
 def readable_suffixes() -> tuple[str, ...]:
     """Those of PHOTO_SUFFIXES that this installation opens."""
     Image.init()

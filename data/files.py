@@ -109,15 +109,16 @@ class FileTree:
         for path in fs.find(inner):
             yield path.removeprefix(inner).lstrip("/"), True
 
-    def _local(self) -> Iterator[tuple[str, bool]]:
-        for folder, folders, names in os.walk(self.root, followlinks=True):
-            folders[:] = [name for name in folders if not _leads_upwards(folder, name)]
-            for name in names:
-                path = os.path.join(folder, name)
-                yield os.path.relpath(path, self.root).replace(os.sep, "/"), os.path.exists(path)
+    def _local(self, folder: str = "") -> Iterator[tuple[str, bool]]:
+        with os.scandir(os.path.join(self.root, folder)) as entries:
+            for entry in entries:
+                relative = f"{folder}/{entry.name}" if folder else entry.name
+                if not entry.is_dir():
+                    yield relative, not entry.is_symlink() or os.path.exists(entry.path)
+                elif not entry.is_symlink() or not _leads_upwards(entry.path):
+                    yield from self._local(relative)
 
 
-def _leads_upwards(folder: str, name: str) -> bool:
-    """Whether a sub-folder is a link to a folder that it lies in, which would never end."""
-    path = os.path.join(folder, name)
-    return os.path.islink(path) and (os.path.realpath(folder) + os.sep).startswith(os.path.realpath(path) + os.sep)
+def _leads_upwards(link: str) -> bool:
+    """Whether a link leads to a folder that it lies in, which would never end."""
+    return (os.path.realpath(os.path.dirname(link)) + os.sep).startswith(os.path.realpath(link) + os.sep)

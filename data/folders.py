@@ -151,11 +151,18 @@ def photos_of(paths: Iterable[str], label_column: str | None = None) -> Photos:
     paths = sorted(paths)
     root = posixpath.commonpath([posixpath.dirname(path) for path in paths]) if paths else ""
     files = [posixpath.relpath(path, root or ".") for path in paths]
-    photos = {path: path for path in files if _suffix(path) in readable_suffixes()}
+    photos = {path: _without_split(path) for path in files if _suffix(path) in readable_suffixes()}
     if not photos:
         raise ValueError(f"there is no photo among the data_files: they are {_what_else(files)}.")
     tables = [path for path in files if posixpath.basename(path) in METADATA_FILES]
     return _label(FileTree(root or "."), files, photos, tables, root, label_column)
+
+
+def _without_split(path: str) -> str:
+    """A path without the first folder in it that is called as a split."""
+    *folders, name = path.split("/")
+    place = next((place for place, folder in enumerate(folders) if _is_split(folder, ())), len(folders))
+    return "/".join([*folders[:place], *folders[place + 1 :], name])
 
 
 def _suffix(path: str) -> str:
@@ -187,7 +194,7 @@ def _canonical(split: str) -> str:
 
 def _names_split(path: str, split: str) -> bool:
     """Whether a path has a split's name as a word of it: `test` is not in `latest`."""
-    return re.search(rf"(?<![A-Za-z0-9]){re.escape(split)}(?![A-Za-z])", path) is not None
+    return re.search(rf"(?<![a-z0-9]){re.escape(split)}(?:set)?(?![a-z])", path, re.IGNORECASE) is not None
 
 
 def _shards_of_split(files: list[str], split: str, beside: Sequence[str], root: str) -> list[str]:
@@ -294,7 +301,8 @@ def _label_by_folders(
     notes += _left_out(root, {"beside the class folders": strays})
     keep = [place for place, folder in enumerate(folders) if folder]
     columns = {name: [values[place] for place in keep] for name, values in columns.items()}
-    labels = [names.index(folder[depth - 1]) for folder in folders if folder]
+    ids = {name: number for number, name in enumerate(names)}
+    labels = [ids[folder[depth - 1]] for folder in folders if folder]
     return Photos(columns | {"label": labels}, names, None, notes)
 
 

@@ -124,8 +124,8 @@ class ShardReader(IterableDataset):
     def _shuffled(self, worker: int, position: dict | None) -> Iterator[tuple[str, dict, dict]]:
         """Keys and rows in the order of the epoch, each with the position after it."""
         position = position or {"block": 0, "offset": 0, "lanes": None}
-        block, offset, lanes = position["block"], position["offset"], position["lanes"]
-        reader = _Lanes(self, worker, lanes)
+        block, offset = position["block"], position["offset"]
+        reader = _InterleavedShards(self, worker, position["lanes"])
         size = max(1, self.settings.shuffle_window)
         while True:
             start = reader.position()
@@ -158,43 +158,43 @@ class _UndecodableError(Exception):
     """An image does not decode; the text is the reason."""
 
 
-class _Lanes:
+class _InterleavedShards:
     """The rows of a worker's shards, `interleave` shards at a time in turns. Iterating goes on where it stopped."""
 
     def __init__(self, reader: ShardReader, worker: int, state: dict | None):
         self.reader, self.worker = reader, worker
         self.shards = reader.plan.shards(reader.epoch, reader.rank, worker)
         if state is None:
-            lanes = min(reader.settings.interleave, len(self.shards))
-            state = {"open": [[index, 0] for index in range(lanes)], "turn": 0, "next": lanes}
-        self.open = [list(lane) for lane in state["open"]]  # [place in self.shards, rows passed]
+            count = min(reader.settings.interleave, len(self.shards))
+            state = {"open": [[index, 0] for index in range(count)], "turn": 0, "next": count}
+        self.cursors = [list(cursor) for cursor in state["open"]]  # [place in self.shards, rows passed]
         self.turn, self.next = state["turn"], state["next"]
-        self.iterators = [self._rows(lane) for lane in self.open]
+        self.iterators = [self._rows(cursor) for cursor in self.cursors]
 
     def position(self) -> dict:
         """Where the next row comes from; what the constructor takes as `state`."""
-        return {"open": [list(lane) for lane in self.open], "turn": self.turn, "next": self.next}
+        return {"open": [list(cursor) for cursor in self.cursors], "turn": self.turn, "next": self.next}
 
-    def _rows(self, lane: list[int]) -> Iterator[tuple[int, dict]]:
-        return self.reader.read_shard(self.shards[lane[0]], self.worker, lane[1])
+    def _rows(self, cursor: list[int]) -> Iterator[tuple[int, dict]]:
+        return self.reader.read_shard(self.shards[cursor[0]], self.worker, cursor[1])
 
     def __iter__(self) -> Iterator[tuple[str, dict]]:
-        while self.open:
-            lane = self.open[self.turn]
+        while self.cursors:
+            cursor = self.cursors[self.turn]
             found = next(self.iterators[self.turn], None)
             if found is not None:
                 number, row = found
-                lane[1] = number + 1
-                key = f"{self.shards[lane[0]]}:{number}"
-                self.turn = (self.turn + 1) % len(self.open)
+                cursor[1] = number + 1
+                key = f"{self.shards[cursor[0]]}:{number}"
+                self.turn = (self.turn + 1) % len(self.cursors)
                 yield key, row
             elif self.next < len(self.shards):
-                lane[:] = [self.next, 0]
+                cursor[:] = [self.next, 0]
                 self.next += 1
-                self.iterators[self.turn] = self._rows(lane)
+                self.iterators[self.turn] = self._rows(cursor)
             else:
-                del self.open[self.turn], self.iterators[self.turn]
-                self.turn = self.turn % len(self.open) if self.open else 0
+                del self.cursors[self.turn], self.iterators[self.turn]
+                self.turn = self.turn % len(self.cursors) if self.cursors else 0
 
 
 def sample_seed(seed: int, key: str, view: int) -> int:

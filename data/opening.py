@@ -79,7 +79,7 @@ def open_split(
         raise ValueError(f"dataset {source!r}, split {split!r} cannot be opened: {first_line(error)}") from error
     if class_names:
         opened = replace(opened, class_names=list(class_names))
-    return replace(opened, stream=opened.stream.reshard()) if reshard and opened.files else opened
+    return replace(opened, stream=opened.stream.reshard()) if reshard and not opened.unsplittable else opened
 
 
 def open_scenes(split: str, seed: int = 0, num_train: int = 2400, num_validation: int = 480) -> Split:

@@ -64,7 +64,16 @@ def test_unlabelled_splits_are_no_classes(tmp_path, name):
         assert "all its photos lie in one folder" in split.notes[-1]
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "dev", "val2017"])
+def test_splits_among_data_files_are_no_classes(tmp_path):
+    write(tmp_path, "train/1.jpg", "validation/2.jpg", "test/3.jpg")
+    split = open_split("imagefolder", "all", data_files=[f"{tmp_path}/**"])
+    assert labels(split) == dict.fromkeys(["1.jpg", "2.jpg", "3.jpg"])
+    write(tmp_path / "classes", "train/cat/1.jpg", "test/dog/2.jpg", "test/cat/3.jpg")
+    split = open_split("imagefolder", "all", data_files=[f"{tmp_path}/classes/**"])
+    assert labels(split) == {"1.jpg": "cat", "2.jpg": "dog", "3.jpg": "cat"}
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "dev", "val2017", "Val"])
 def test_a_split_is_found_under_its_other_names_and_that_is_said(tmp_path, name):
     write(tmp_path, "train/cat/1.jpg", "train/dog/2.jpg", f"{name}/cat/3.jpg", f"{name}/dog/4.jpg")
     split = open_split(str(tmp_path), "validation")
@@ -177,6 +186,15 @@ def test_results_written_among_the_photos_are_no_data(tmp_path, place):
     pq.write_table(pa.table({"index": [0]}), tmp_path / place / "per_image.parquet")
     split = open_split(str(tmp_path), "train")
     assert labels(split) == {"1.jpg": "cat", "2.jpg": "dog"} and not split.notes
+
+
+def test_shards_are_sorted_by_the_splits_in_their_names(tmp_path):
+    for name in ("trainset-0.tar", "Train_1.tar", "valset-0.tar", "latest/val-1.tar"):
+        write_tar(tmp_path / name, "1.jpg", "1.cls")
+    for split in ("train", "validation"):
+        names = [Path(path).name for path in open_split(str(tmp_path), split).files]
+        assert names == {"train": ["Train_1.tar", "trainset-0.tar"], "validation": ["val-1.tar", "valset-0.tar"]}[split]
+    assert "no file below" in refused(tmp_path, "test")
 
 
 # Labels that vanish say why
