@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import evaluate
@@ -68,6 +69,12 @@ def label_probability(key):
 
 def test_every_metric_is_there():
     assert metric_names() == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_metric_is_in_the_wheel(name):
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]["packages"]
+    assert f"castream.evaluation.metrics.{name}" in packages
 
 
 @pytest.mark.parametrize(
