@@ -1,4 +1,4 @@
-"""Saliency on a photo: where the processor's pixels come from, colours, and the blend of the two.
+"""Saliency on a photo: maps put back where they belong, colours, and the blend of the two.
 
 Coordinates are in pixels of the original image, 0 at the left (top) edge of its first column (row): the first pixel's
 centre lies at 0.5. A box is (left, top, right, bottom).
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-Box = tuple[float, float, float, float]
+from .preprocessing_castream import Box
 
 # matplotlib's inferno at 0, 1/15, ..., 1: red, green, blue. It rises evenly in lightness, reads the same under the
 # common colour blindnesses, and is the colour map of the evaluation's figures.
@@ -21,8 +21,6 @@ _INFERNO = np.array(
         *[(250, 198, 45), (242, 230, 97), (252, 255, 164)],
     ]
 )
-# The two ramps of the test image lean into each other, so that 8-bit rounding averages out over rows and columns.
-_MAIN, _CROSS = 239.0, 16.0
 _BAND = 32  # rows at a time: what is computed between photo and overlay stays in the processor's caches
 
 
@@ -33,53 +31,12 @@ def color_map() -> np.ndarray:
     return np.stack(channels, axis=1).round().astype(np.uint8)
 
 
-def visible_box(image_processor, width: int, height: int) -> Box:
-    """The part of a `width` x `height` image that the processor passes on to the model.
-
-    The processor itself is asked, whatever it resizes, crops or pads: it is given an image whose colours spell out each
-    pixel's position, and the answer is read from what it makes of them. A processor that pads gives a box beyond the
-    image.
-
-    Returns:
-        (left, top, right, bottom) in pixels of the original image.
-    """
-
-    def process(image: Image.Image) -> np.ndarray:
-        return np.asarray(image_processor(images=image, return_tensors="pt")["pixel_values"][0], dtype=np.float64)
-
-    dark, bright = (
-        process(Image.new("RGB", (64, 64), (value,) * 3))[:, 16:-16, 16:-16].mean((1, 2)) for value in (0, 255)
-    )
-    x, y = np.linspace(0, 1, width, dtype=np.float32), np.linspace(0, 1, height, dtype=np.float32)[:, None]
-    bands = [
-        Image.fromarray((across * x + down * y).round().astype(np.uint8))
-        for across, down in ((_MAIN, _CROSS), (_CROSS, _MAIN))
-    ]
-    seen = process(Image.merge("RGB", [*bands, bands[0]]))
-    red, green = (255 * (seen[i] - dark[i]) / (bright[i] - dark[i]) for i in (0, 1))
-    determinant = _MAIN**2 - _CROSS**2
-    left, right = _edges((_MAIN * red - _CROSS * green) / determinant, width)
-    top, bottom = _edges(((_MAIN * green - _CROSS * red) / determinant).T, height)
-    return left, top, right, bottom
-
-
-def _edges(position: np.ndarray, size: int) -> tuple[float, float]:
-    """Where the first column of a processed image begins and the last ends, given its pixels' position in [0, 1]."""
-    if size == 1:  # all its columns show the one there is
-        return 0.0, 1.0
-    rows, columns = position.shape
-    inner = slice(columns // 4, max(columns - columns // 4, columns // 4 + 2))  # away from edges, which filters bend
-    profile = position[rows // 4 : max(rows - rows // 4, rows // 4 + 1), inner].mean(0) * (size - 1) + 0.5
-    slope, first = np.polyfit(np.arange(columns)[inner], profile, 1)
-    return float(first - slope / 2), float(first + slope * (columns - 0.5))
-
-
 def to_original(maps: torch.Tensor, box: Box, width: int, height: int) -> torch.Tensor:
     """Put maps of a processed image back where they belong on the original.
 
     Args:
         maps: (num_maps, rows, columns), in the processed image's frame.
-        box: what `visible_box` returned.
+        box: what `preprocessing_castream.visible_box` returned.
 
     Returns:
         (num_maps, height, width): bilinear inside the box, never beyond the values of `maps`; zero outside of it,
@@ -164,4 +121,4 @@ class Overlay(Image.Image):
         return super().load()
 
 
-__all__ = ["Overlay", "blend", "color_map", "to_original", "visible_box"]
+__all__ = ["Overlay", "blend", "color_map", "to_original"]

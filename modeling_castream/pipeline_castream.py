@@ -9,7 +9,8 @@ from transformers import Pipeline
 
 from .configuration_castream import POOLINGS
 from .decoding_castream import decode_image
-from .overlay_castream import Box, Overlay, color_map, to_original, visible_box
+from .overlay_castream import Overlay, color_map, to_original
+from .preprocessing_castream import Box, visible_box
 from .saliency_castream import (
     METHODS,
     Target,
