@@ -80,13 +80,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
         pipe, title = load(*choose_model(options.model, options.revision))
+        from explanation import Explainer  # they take seconds, which a wrong name need not wait for
+        from page import LARGEST_UPLOAD, MOST_SESSIONS, THEME, build_page
+
+        page = build_page(Explainer(pipe), title)
     except ValueError as error:
         print(f"app: {error}", file=sys.stderr)
         return 1
-    from explanation import Explainer
-    from page import LARGEST_UPLOAD, MOST_SESSIONS, THEME, build_page
-
-    page = build_page(Explainer(pipe), title)
     try:
         page.queue(default_concurrency_limit=2, max_size=64).launch(
             server_port=options.port,
@@ -98,7 +98,8 @@ def main(arguments: list[str] | None = None) -> int:
             share=False,
         )
     except OSError as error:
-        print(f"app: the page cannot be served: {' '.join(str(error).split())}", file=sys.stderr)
+        remedy = "give another --port" if options.port else "give --port a free one"
+        print(f"app: the page cannot be served, {remedy}: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     return 0
 

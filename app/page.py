@@ -44,13 +44,15 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
                 message = gr.Markdown(elem_id="message")
                 classes = gr.Radio([], label="Top classes", elem_id="classes", visible=False)
                 opacity = gr.Slider(0, 1, 0.6, step=0.05, label="Opacity of the colours", elem_id="opacity")
+                depths = len(explainer.depths)
                 depth = gr.Slider(
                     1,
-                    len(explainer.depths),
-                    len(explainer.depths),
+                    max(depths, 2),  # Gradio's sliders have two ends
+                    depths,
                     step=1,
                     label="Depth of the raw attention",
                     elem_id="depth",
+                    visible=depths > 1,
                 )
                 download = gr.DownloadButton("Download the picture", elem_id="download", interactive=False)
         maps = gr.HTML(EMPTY, elem_id="maps")

@@ -188,5 +188,9 @@ def test_a_port_in_use_is_said_in_one_line(model_dir):
         command = [sys.executable, APP / "app.py", "--model", model_dir, "--port", port]
         process = subprocess.run(command, capture_output=True, text=True, timeout=120)
     lines = process.stderr.strip().splitlines()
-    assert process.returncode == 1 and lines[-1].startswith("app: the page cannot be served") and port in lines[-1]
+    assert (
+        process.returncode == 1
+        and lines[-1].startswith("app: the page cannot be served, give another --port: ")
+        and port in lines[-1]
+    )
     assert "Traceback" not in process.stderr
