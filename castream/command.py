@@ -37,7 +37,8 @@ def explain(
         list[str] | None, typer.Option(metavar="METHOD", help="Saliency method; default: grad_cam. May repeat.")
     ] = None,
     pooling: Annotated[
-        list[str] | None, typer.Option(metavar="POOLING", help="ca or source; default: the model's own. May repeat.")
+        list[str] | None,
+        typer.Option(metavar="POOLING", help="ca, or gap: the source's own. May repeat."),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(metavar="CLASS", help="Class to explain, label or id. May repeat.")
