@@ -1,6 +1,7 @@
 """Who may import whom (docs/architecture.md), and what the Hub's loader can follow."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -76,3 +77,15 @@ def test_the_hub_payload_is_flat(path):
         else:
             top = module.split(".")[0]
             assert top in PAYLOAD_IMPORTS or top in sys.stdlib_module_names, f"{path.name} imports {module}"
+
+
+def test_the_page_on_architecture_speaks_of_this_tree():
+    """Every file and room that it names exists, and each room stands on its floor."""
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", page)
+    assert len(named) > 25 and [name for name in named if not (ROOT / name).exists()] == []
+    floor, found = None, {}
+    for number, rooms in re.findall(r"^\| (\d?) ?\| (.*?) \|", page, flags=re.MULTILINE):
+        floor = int(number) if number else floor
+        found |= dict.fromkeys(re.findall(r"`(\w+)/`", rooms), floor)
+    assert found == FLOOR
