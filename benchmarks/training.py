@@ -104,7 +104,7 @@ class Step:
     def __init__(self, network: str, precision: str, batch_size: int):
         self.model = NETWORKS[network]()
         self.model.config.freeze_classifier = True
-        unfreeze(self.model, train_stream=True, freeze_output_projection=False)
+        unfreeze(self.model, train_stream=True, train_evidence=False, freeze_output_projection=False)
         self.model.castream.backbone.to(memory_format=torch.channels_last)
         self.objective = Objective(self.model, MEAN, STD)
         self.optimizer = make_optimizer(self.model, "adamw", 1e-4, 1e-2)

@@ -107,8 +107,10 @@ class ShardReader(IterableDataset):
             raise _UndecodableError(" ".join(str(error).split()) or type(error).__name__) from error
         views = self.settings.views
         view = self.epoch if views is None else self.epoch % views
-        torch.default_generator.manual_seed(sample_seed(self.settings.seed, key, view))
+        seed = sample_seed(self.settings.seed, key, view)
+        torch.default_generator.manual_seed(seed)
         sample = {"key": key, "images": self.transform(pixels), "noise": random_mask_noise(torch.default_generator)}
+        sample["seed"] = torch.tensor(seed)
         if self.split.label_column:
             sample["labels"] = self._label(row, key)
         return sample

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import yaml
+from castream.data.masks import BACKGROUNDS, KINDS
 from transformers import HfArgumentParser
 
 RECIPES = Path(__file__).parents[1] / "recipes"  # in a checkout as in an installed package
@@ -44,6 +45,10 @@ class TrainingArguments:
     stream_layers: list[str] | None = words(None, "depths that the stream reads, shallow to deep; none: all")
     num_attention_heads: int = option(1, "heads of every cross-attention")
     query: Literal["class_agnostic", "class_specific"] = option("class_agnostic", "one query, or one per class")
+    unit_keys: bool | None = option(None, "attend by the direction of features alone; none: as the source does")
+    preserve_norm: bool | None = option(None, "rescale the pooled vector to GAP's length; none: as the source does")
+    evidence_queries: list[str] | None = words(None, "evidence blocks: memory, constant; none: those of the source")
+    evidence_depths: int = option(2, "feature maps that evidence reads: 1, or 2 for a map twice as fine")
     init: Literal["gap", "reference"] = option(
         "gap", "gap: start from the plain classifier; reference: from random weights, as in the paper"
     )
@@ -78,8 +83,14 @@ class TrainingArguments:
     cache_limit_gib: float = option(8.0, "size that the cached features may take")
 
     # Objective
-    objective: Literal["cross_entropy", "distill", "masked_distill"] = option(
-        "cross_entropy", "cross_entropy (needs labels), distill or masked_distill"
+    objective: Literal["cross_entropy", "distill", "masked_distill", "mass_fidelity"] = option(
+        "cross_entropy", "cross_entropy (needs labels), distill, masked_distill or mass_fidelity (trains evidence)"
+    )
+    mask_kinds: list[str] = words(
+        ["soft", "salient", "complement", *["blob"] * 5], "masked views of mass_fidelity, one per entry"
+    )
+    mask_backgrounds: list[str] = words(
+        ["black", "black", "black", "grey", "blur"], "what shows where a mask hides, drawn from these"
     )
     pooling: Literal["ca", "gap"] = option("ca", "what is trained: the stream, or the plain network before it")
     label_smoothing: float = option(0.0, "of cross_entropy")
@@ -117,7 +128,7 @@ class TrainingArguments:
     hub_model_id: str | None = option(None, "where to push it")
 
     def __post_init__(self):
-        for name in ("stream_layers", "class_names", "evaluation_controls"):
+        for name in ("stream_layers", "class_names", "evaluation_controls", "evidence_queries"):
             if getattr(self, name) == [None]:
                 setattr(self, name, None if _is_optional(name) else [])
         for name in ("model", "model_checkpoint", "dataset_name", "output_dir"):
@@ -162,6 +173,12 @@ class TrainingArguments:
             )
         if self.pooling == "gap" and frozen:
             raise ValueError("pooling=gap trains nothing with backbone and classifier frozen: unfreeze one of them.")
+        for name, allowed in (("mask_kinds", KINDS), ("mask_backgrounds", BACKGROUNDS)):
+            unknown = [entry for entry in getattr(self, name) if entry not in allowed]
+            if unknown or not getattr(self, name):
+                raise ValueError(f"{name} must be one or more of {', '.join(allowed)}, got {unknown or 'none'}.")
+        if self.objective == "mass_fidelity" and self.evidence_queries is None:
+            raise ValueError("objective=mass_fidelity trains evidence blocks: set evidence_queries, e.g. to memory.")
         if self.push_to_hub and not self.hub_model_id:
             raise ValueError("push_to_hub=true needs hub_model_id, e.g. user/name.")
 

@@ -25,7 +25,7 @@ from .objective import Features, Objective
 
 IMAGES_PER_FILE = 512
 _KEY = "key.json"
-_FEATURES = ("view", "masked")
+_FEATURES = ("view", "masked", "fidelity")
 Row = tuple[tuple[int, ...], object, int, str]  # sort key, open file, row in it, key of the sample
 
 

@@ -79,7 +79,8 @@ def adapt_model(
 
 def _rebuild(source: CAStreamForImageClassification, changes: dict, names: list[str] | None, seed: int):
     """The same network with a new stream, and with new classes where they are named."""
-    fields = source.config.to_dict() | {"stream_layers": None} | changes | {"stream_channels": None}
+    fields = source.config.to_dict() | {"stream_layers": None, "evidence_layers": None} | changes
+    fields |= {"stream_channels": None, "evidence_channels": None}
     if names is not None:
         fields |= {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     torch.manual_seed(seed)
@@ -117,7 +118,7 @@ def load_model(folder: Path) -> tuple[CAStreamForImageClassification, object]:
 
 
 def unfreeze(
-    model: CAStreamForImageClassification, train_stream: bool, freeze_output_projection: bool
+    model: CAStreamForImageClassification, train_stream: bool, train_evidence: bool, freeze_output_projection: bool
 ) -> dict[str, torch.nn.Parameter]:
     """Put a model into training mode; what is trained follows from these settings and the config's.
 
@@ -128,6 +129,7 @@ def unfreeze(
     model.train()
     stream = model.castream.stream
     stream.requires_grad_(train_stream)
+    model.evidence.requires_grad_(train_evidence)
     if freeze_output_projection:
         stream.blocks[-1].projection.requires_grad_(False)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -3,20 +3,34 @@
     cross_entropy   CE(CA(x), y)                                                       needs labels
     distill         KL(GAP(x) || CA(x))                                                needs none
     masked_distill  KL(GAP(x) || CA(x)) + CE(CA(x * r), argmax GAP(x))                 needs none
+    mass_fidelity   KL(GAP(x) || CA(x)) + KL(GAP(x) || CA(x_1)) + sum_e fidelity(e)    needs none
 
 GAP(x) are the logits of the same network under global average pooling, r a random soft mask. Where the logits are
 sigmoids' (several labels per image, or a single logit), BCE takes the place of CE, the teacher's probabilities that of
 its argmax, and the binary KL that of KL. A regression has the squared error to the teacher in the place of them all.
+
+Mass fidelity trains the model's evidence blocks e: the mass that a mask m_k keeps shall predict how much of the
+prediction survives the masked view x_k,
+
+    fidelity(e) = mean_k BCE(r_k, sigmoid(alpha(x) sum_p e(p) m_k(p) - beta(x)))
+    r_k         = min(p_c(x_k) / p_c(x), 1)              for the memory; c is the class predicted for x
+                  exp(-KL(GAP(x) || GAP(x_k)))           for the constant query
+
+with log alpha and beta linear in what is known of x, trained along and thrown away.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+from castream.data.masks import draw_backgrounds, draw_masks, make_backgrounds, scale_to_unit
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
 ENTROPY_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
+
+FIDELITY_TARGETS = {"memory": 0, "constant": 1}  # which survival each evidence block predicts
 
 Features = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
 
@@ -27,12 +41,13 @@ class Objective(nn.Module):
     Args:
         model: a CAStreamForImageClassification.
         mean, std: of the pixels in [0, 1], per channel, as the image processor normalises.
-        loss: `"cross_entropy"`, `"distill"` or `"masked_distill"`.
+        loss: `"cross_entropy"`, `"distill"`, `"masked_distill"` or `"mass_fidelity"`.
         pooling: that is trained, `"ca"` or `"gap"`.
         label_smoothing: of `cross_entropy`.
+        mask_kinds, mask_backgrounds: of `mass_fidelity`'s masked views, as `castream.data.masks` names them.
 
     Raises:
-        ValueError: on cross-entropy for a regression.
+        ValueError: on a loss that needs classes for a regression, or mass fidelity for a model without evidence blocks.
     """
 
     def __init__(
@@ -43,27 +58,37 @@ class Objective(nn.Module):
         loss: str = "cross_entropy",
         pooling: str = "ca",
         label_smoothing: float = 0.0,
+        mask_kinds: Sequence[str] = (),
+        mask_backgrounds: Sequence[str] = ("black",),
     ):
         super().__init__()
+        self.mask_kinds, self.mask_backgrounds = list(mask_kinds), list(mask_backgrounds)
         self.model, self.loss, self.pooling, self.label_smoothing = model, loss, pooling, label_smoothing
         self.regression = model.config.problem_type == "regression"
         self.sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-        if self.regression and loss == "cross_entropy":
-            raise ValueError("objective=cross_entropy needs classes, and the model is a regression: use distill.")
+        if self.regression and loss in ("cross_entropy", "mass_fidelity"):
+            raise ValueError(f"objective={loss} needs classes, and the model is a regression: use distill.")
+        if loss == "mass_fidelity" and not model.config.evidence_queries:
+            raise ValueError("objective=mass_fidelity trains evidence blocks: set evidence_queries, e.g. to memory.")
+        self.surrogates = nn.ModuleDict()  # of mass fidelity, one per evidence block; no part of the model
+        if loss == "mass_fidelity":
+            for query in model.evidence:
+                self.surrogates[query] = Surrogate(model.config.evidence_channels[-1])
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     @property
     def uses_masks(self) -> bool:
         """Whether the loss needs the features of a masked view, too."""
-        return self.loss == "masked_distill"
+        return self.loss in ("masked_distill", "mass_fidelity")
 
     @property
     def uniform_loss(self) -> float:
         """Per image, at most that of uniform probabilities; infinite for a regression, which has no such bound."""
         if self.regression:
             return math.inf
-        return math.log(2 if self.sigmoid else self.model.config.num_labels) * (2 if self.uses_masks else 1)
+        uniform = math.log(2 if self.sigmoid else self.model.config.num_labels) * (2 if self.uses_masks else 1)
+        return uniform + math.log(2) * len(self.surrogates)
 
     def normalize(self, images: torch.Tensor, masks: torch.Tensor | None = None) -> torch.Tensor:
         """Images as the network takes them: masked, normalised, channels last, which convolutions prefer.
@@ -95,8 +120,11 @@ class Objective(nn.Module):
         """The backbone's part of the step: features of the view and, where the loss asks for it, of its masked twin.
 
         Args:
-            batch: `images` uint8 (batch_size, 3, height, width), `noise` (batch_size, rows, columns).
+            batch: `images` uint8 (batch_size, 3, height, width), `noise` (batch_size, rows, columns), and for mass
+                fidelity `seed` (batch_size,).
         """
+        if self.loss == "mass_fidelity":
+            return self._extract_fidelity(batch)
         images = batch["images"]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone):
             features = {"view": self.model.castream.extract_features(self.normalize(images))}
@@ -105,6 +133,51 @@ class Objective(nn.Module):
                 masks = random_masks(batch["noise"].float(), size, images.shape[2:])
                 features["masked"] = self.model.castream.extract_features(self.normalize(images, masks))
         return features
+
+    @torch.no_grad()
+    def _extract_fidelity(self, batch: dict) -> dict[str, Features]:
+        """Features of the view and of its first masked view; and of all masked views the masks, at the resolution of
+        the evidence map, and what survives of the prediction, (batch_size, 2, num_masks): in p and in KL."""
+        pixel_values = self.normalize(batch["images"])
+        view = self.model.castream.extract_features(pixel_values)
+        maps = self.model.castream.evidence_features(view[0])
+        clean = self._teacher(view)
+        masks = draw_masks(batch["seed"], self._saliency(maps[-1], clean), self.mask_kinds, pixel_values.shape[2:])
+        backgrounds = make_backgrounds(pixel_values, self.mask_backgrounds, self.mean, self.std)
+        chosen = draw_backgrounds(batch["seed"], len(self.mask_kinds), self.mask_backgrounds).to(pixel_values.device)
+        items, survival, first = torch.arange(len(chosen), device=pixel_values.device), [], None
+        for number in range(len(self.mask_kinds)):
+            shown = masks[:, number : number + 1].to(pixel_values.dtype)
+            masked = torch.lerp(backgrounds[chosen[:, number], items], pixel_values, shown)
+            features = self.model.castream.extract_features(masked.contiguous(memory_format=torch.channels_last))
+            first = features if first is None else first
+            survival.append(self._survival(clean, self._teacher(features)))
+        kept = F.adaptive_avg_pool2d(masks, maps[0].shape[2:])
+        return {"view": view, "masked": first, "fidelity": ((kept, torch.stack(survival, dim=2)), None)}
+
+    def _teacher(self, features: Features) -> torch.Tensor:
+        """The source classifier's logits, float32."""
+        with torch.autocast(self.mean.device.type, enabled=False):
+            feature_maps, cls_token = features
+            cls_token = None if cls_token is None else cls_token.float()
+            return self.model.classify(feature_maps[-1].float().mean((2, 3)), cls_token).float()
+
+    def _saliency(self, feature_map: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Where features point like the predicted class's row, scaled to [0, 1]; their length where rows are no such
+        directions."""
+        feature_map, weight = feature_map.float(), getattr(self.model.classifier, "weight", None)
+        length = feature_map.norm(dim=1)
+        if weight is None or weight.shape[1] % feature_map.shape[1]:
+            return scale_to_unit(length)
+        direction = weight[logits.argmax(-1), -feature_map.shape[1] :].float()
+        return scale_to_unit((torch.einsum("bk,bkhw->bhw", direction, feature_map) / length.clamp(min=1e-12)).relu())
+
+    def _survival(self, clean: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """(batch_size, 2): of the predicted class's probability, and of the prediction as a whole, each in [0, 1]."""
+        before, after = self.model.probabilities(clean), self.model.probabilities(masked)
+        predicted = before.argmax(-1, keepdim=True)
+        share = (after.gather(1, predicted) / before.gather(1, predicted)).squeeze(1).clamp(max=1)
+        return torch.stack([share, torch.exp(-self._divergences(clean, masked))], dim=1)
 
     def forward(self, batch: dict) -> dict[str, torch.Tensor]:
         """Loss of a batch, summed over its images, and what to log.
@@ -127,14 +200,38 @@ class Objective(nn.Module):
             with torch.no_grad():
                 teacher, _ = self._logits(features["view"], "gap")
             loss = self._divergence(teacher, logits)
-            if self.uses_masks:
+            if self.loss == "mass_fidelity":
+                masked, _ = self._logits(features["masked"], self.pooling)
+                fidelity, explained = self._fidelity(features, teacher)
+                loss = loss + self._divergence(teacher, masked) + fidelity
+            elif self.uses_masks:
                 masked, _ = self._logits(features["masked"], self.pooling)
                 loss = loss + self._confirmed(teacher, masked)
         if not attention_maps:  # pooling="gap" trains what lies around the stream, and does not run it
             _, attention_maps = self.model.castream.stream(features["view"][0])
         first = tuple(attention[:ENTROPY_IMAGES] for attention in attention_maps)
         entropy = attention_entropy(first) * (len(logits) / len(first[0]))
-        return {"loss": loss, "entropy": entropy} | self._accuracy(logits, labels)
+        logged = {"loss": loss, "entropy": entropy} | self._accuracy(logits, labels)
+        return logged | (explained if self.loss == "mass_fidelity" else {})
+
+    def _fidelity(
+        self, features: dict[str, Features], teacher: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of the evidence blocks; and how well the mass predicts what survives, R2 times the number of images."""
+        (feature_maps, cls_token), ((masks, survival), _) = features["view"], features["fidelity"]
+        maps = self.model.castream.evidence_features(feature_maps)
+        known = describe_predictions(maps[-1].mean((2, 3)), self.model.probabilities(teacher))
+        loss, explained = 0, {}
+        for query, surrogate in self.surrogates.items():
+            scores = self.model.evidence_scores(query, maps, cls_token)
+            evidence = scores.flatten(1).softmax(-1).view_as(scores)
+            logits = surrogate((evidence[:, None] * masks).sum((2, 3)), known)
+            survived = survival[:, FIDELITY_TARGETS[query]]
+            loss = loss + F.binary_cross_entropy_with_logits(logits, survived, reduction="none").mean(1).sum()
+            residual = (survived - logits.detach().sigmoid()).square().sum()
+            variance = (survived - survived.mean()).square().sum().clamp(min=1e-12)
+            explained[f"r2_{query}"] = (1 - residual / variance) * len(masks)
+        return loss, explained
 
     def _logits(self, features: Features, pooling: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         feature_maps, cls_token = features
@@ -147,16 +244,20 @@ class Objective(nn.Module):
         return F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
 
     def _divergence(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
-        """Of the student's logits from the teacher's."""
-        if self.regression:
-            return F.mse_loss(student, teacher, reduction="none").mean(-1).sum()
-        if not self.sigmoid:
+        """Of the student's logits from the teacher's, summed over the batch."""
+        if not (self.regression or self.sigmoid):
             return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-        both = [
-            F.kl_div(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher), reduction="none", log_target=True)
-            for sign in (1, -1)
-        ]
-        return sum(both).mean(-1).sum()
+        return self._divergences(teacher, student).sum()
+
+    def _divergences(self, teacher: torch.Tensor, student: torch.Tensor) -> torch.Tensor:
+        """Of the student's logits from the teacher's, (batch_size,)."""
+        if self.regression:
+            return F.mse_loss(student, teacher, reduction="none").mean(-1)
+        options = {"reduction": "none", "log_target": True}
+        if not self.sigmoid:
+            return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), **options).sum(-1)
+        both = [F.kl_div(F.logsigmoid(sign * student), F.logsigmoid(sign * teacher), **options) for sign in (1, -1)]
+        return sum(both).mean(-1)
 
     def _confirmed(self, teacher: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         """Loss of the masked view's logits against what the teacher says of the whole one."""
@@ -190,6 +291,41 @@ def _binary_cross_entropy(logits: torch.Tensor, probabilities: torch.Tensor) -> 
     return F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none").mean(-1).sum()
 
 
+class Surrogate(nn.Module):
+    """How much of a prediction survives, as a logit, by the evidence that a mask keeps: alpha(x) mass - beta(x).
+
+    Args:
+        num_channels: of the pooled vector.
+    """
+
+    def __init__(self, num_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(num_channels + 3, 2)  # log alpha and beta
+        with torch.no_grad():
+            self.linear.weight.zero_()
+            self.linear.bias.copy_(torch.tensor([1.5, 2.0]))  # half of the evidence: even odds, about
+
+    def forward(self, mass: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """mass (batch_size, num_masks) in [0, 1], known (batch_size, num_channels + 3) -> (batch_size, num_masks)."""
+        log_alpha, beta = self.linear(known).unbind(1)
+        return log_alpha.exp()[:, None] * mass - beta[:, None]
+
+
+def describe_predictions(pooled: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
+    """What is known of an unmasked image: its pooled vector's direction and length, confidence and entropy.
+
+    Args:
+        pooled: (batch_size, num_channels); probabilities: (batch_size, num_labels).
+
+    Returns:
+        (batch_size, num_channels + 3).
+    """
+    length = pooled.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    confidence = probabilities.amax(-1, keepdim=True)
+    entropy = torch.special.entr(probabilities).sum(-1, keepdim=True)
+    return torch.cat([pooled / length, length / pooled.shape[1] ** 0.5, confidence, entropy], dim=1)
+
+
 def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tuple[int, int]) -> torch.Tensor:
     """Random soft masks in [0, 1]: noise, bicubic to the feature maps' size, ReLU, min-max, bilinear to the image's.
 
@@ -199,9 +335,7 @@ def random_masks(noise: torch.Tensor, map_size: tuple[int, int], image_size: tup
     Returns:
         (batch_size, 1, *image_size).
     """
-    maps = F.interpolate(noise[:, None], map_size, mode="bicubic", align_corners=False).relu()
-    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
-    maps = (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    maps = scale_to_unit(F.interpolate(noise[:, None], map_size, mode="bicubic", align_corners=False).relu())
     return F.interpolate(maps, image_size, mode="bilinear", align_corners=False)
 
 

@@ -166,7 +166,9 @@ def find_model(args: TrainingArguments, folder: RunFolder, split: Split) -> tupl
             return *load_model(ready), False
     source, image_processor = load_source(args.model, args.model_checkpoint, args.variant)
     stream = {"variant": args.variant, "query": args.query, "num_attention_heads": args.num_attention_heads}
-    stream |= {"init": args.init, "stream_layers": args.stream_layers}
+    stream |= {"init": args.init, "stream_layers": args.stream_layers, "unit_keys": args.unit_keys}
+    stream |= {"preserve_norm": args.preserve_norm, "evidence_queries": args.evidence_queries}
+    stream |= {"evidence_depths": args.evidence_depths if args.evidence_queries else None}
     model, needs_fit = adapt_model(source, split, args.classifier, stream, args.seed)
     model.config.freeze_backbone, model.config.freeze_classifier = args.freeze_backbone, args.freeze_classifier
     return model, image_processor, needs_fit
@@ -256,12 +258,15 @@ def train(
 ) -> None:
     """Train a model from wherever the folder's run stands, and save it."""
     accelerator, folder = session.accelerator, session.folder
-    trained = unfreeze(model, args.pooling == "ca", args.freeze_output_projection)
+    trained = unfreeze(model, args.pooling == "ca", args.objective == "mass_fidelity", args.freeze_output_projection)
     model.castream.backbone.to(memory_format=torch.channels_last)
     if args.compile_backbone:
         model.castream.backbone.compile()
     pixels = image_processor.image_mean, image_processor.image_std
-    objective = Objective(model, *pixels, args.objective, args.pooling, args.label_smoothing).to(accelerator.device)
+    loss = {"loss": args.objective, "pooling": args.pooling, "label_smoothing": args.label_smoothing}
+    masks = {"mask_kinds": args.mask_kinds, "mask_backgrounds": args.mask_backgrounds}
+    objective = Objective(model, *pixels, **loss, **masks).to(accelerator.device)
+    trained |= {f"surrogates.{name}": parameter for name, parameter in objective.surrogates.named_parameters()}
 
     data = open_data(args, session, objective, split, image_processor)
     if needs_fit:
@@ -314,6 +319,7 @@ def open_data(args: TrainingArguments, session: Session, objective: Objective, s
     loader = StreamLoader(split, plan, rank, transform, settings, in_process=workers == 0)
     layout = {"processes": world, "readers": plan.busy_workers, "shards": plan.num_shards}
     layout |= {"cached": args.cache_features, "batch_size": args.batch_size, "precision": accelerator.mixed_precision}
+    layout |= {"masks": [*args.mask_kinds, *args.mask_backgrounds]} if args.objective == "mass_fidelity" else {}
     if args.cache_features:
         cache = FeatureCache(session.folder.features, args.views, num_rows, args.cache_limit_gib * 2**30)
         cache.prepare(accelerator, layout)
@@ -369,7 +375,7 @@ def make_update(
     args: TrainingArguments, accelerator: Accelerator, objective: Objective, trained: dict[str, torch.nn.Parameter]
 ) -> Update:
     """What one optimiser step does, by the settings."""
-    optimizer = make_optimizer(objective.model, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(objective, args.optimizer, args.learning_rate, args.weight_decay)
     schedule = Schedule(args.schedule, args.learning_rate, args.warmup)
     num_labels, rank = objective.model.config.num_labels, accelerator.process_index
     mixer = Mixer(args.mixup, args.cutmix, num_labels, args.seed, rank)

@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from castream.training.objective import Objective, attention_entropy, random_masks
+from castream.data.masks import draw_backgrounds, draw_masks, scale_to_unit
+from castream.training.objective import Objective, attention_entropy, describe_predictions, random_masks
+from transformers import ResNetConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
@@ -15,6 +17,7 @@ def make(tiny_model, labels_kind="single", objective="cross_entropy", **settings
     for parameter in model.castream.stream.parameters():
         parameter.data.normal_(std=0.3)
     model.config.freeze_classifier = True
+    model.freeze()
     model.train()
     if labels_kind == "multi":
         model.config.problem_type = "multi_label_classification"
@@ -205,3 +208,94 @@ def test_views_are_normalised_as_the_processor_does(tiny_model, batch):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(objective.normalize(batch["images"], masks), masked.bfloat16())
     assert masked.is_contiguous(memory_format=torch.channels_last)
+
+
+def evidence_model(problem_type: str | None = None) -> CAStreamForImageClassification:
+    torch.manual_seed(0)
+    backbone = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    options = {
+        "num_labels": 3,
+        "variant": "final",
+        "evidence_queries": ["memory", "constant"],
+        "freeze_classifier": True,
+    }
+    config = CAStreamConfig(backbone_config=backbone, problem_type=problem_type, **options)
+    return CAStreamForImageClassification(config).train()
+
+
+def fidelity_objective(**settings) -> Objective:
+    settings = {
+        "mask_kinds": ["soft", "salient", "complement", "blob"],
+        "mask_backgrounds": ["black", "grey"],
+    } | settings
+    return Objective(evidence_model(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4], "mass_fidelity", **settings)
+
+
+def test_what_survives_of_a_prediction_is_measured_on_the_masked_views(batch):
+    """Each r_k from the masked image itself: masked in pixel space, normalised, run by itself."""
+    objective = fidelity_objective()
+    model, batch = objective.model.eval(), batch | {"seed": torch.arange(5)}
+    (kept, survival), _ = objective.extract(batch)["fidelity"]
+    assert kept.shape == (5, 4, 8, 8) and survival.shape == (5, 2, 4)
+    pixels = batch["images"].float() / 255
+    normalized = (pixels - objective.mean) / objective.std
+    clean = model(normalized, pooling="gap").logits.softmax(-1)
+    feature_map = model.castream.extract_features(normalized)[0][-1]
+    direction = model.classifier.weight[clean.argmax(-1)]
+    cosine = torch.nn.functional.cosine_similarity(feature_map, direction[:, :, None, None]).relu()
+    masks = draw_masks(batch["seed"], scale_to_unit(cosine), objective.mask_kinds, (32, 32))
+    chosen = draw_backgrounds(batch["seed"], 4, objective.mask_backgrounds)
+    for item in range(5):
+        for number in range(4):
+            mask, background = masks[item, number], (0.0, 0.5)[chosen[item, number]]
+            masked = pixels[item] * mask + background * (1 - mask)
+            after = model(((masked - objective.mean) / objective.std)[None], pooling="gap").logits.softmax(-1)[0]
+            before, top = clean[item], clean[item].argmax()
+            divergence = sum((p * (p / q).log()).item() for p, q in zip(before, after, strict=True))
+            expected = [min((after[top] / before[top]).item(), 1.0), math.exp(-divergence)]
+            torch.testing.assert_close(survival[item, :, number], torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_mass_fidelity_is_the_cross_entropy_of_what_survives_by_the_mass_that_is_kept(batch):
+    objective = fidelity_objective()
+    with torch.no_grad():
+        for parameter in objective.surrogates.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    model, batch = objective.model, batch | {"seed": torch.arange(5)}
+    features = objective.extract(batch)
+    (feature_maps, _), ((kept, survival), _) = features["view"], features["fidelity"]
+    logits = {pooling: logits_of(objective, features["view"], pooling) for pooling in ("gap", "ca")}
+    masked = logits_of(objective, features["masked"], "ca")
+    expected = 0.0
+    for student in (logits["ca"], masked):
+        for teacher_row, row in zip(logits["gap"].tolist(), student.tolist(), strict=True):
+            expected += sum(p * math.log(p / q) for p, q in zip(softmax(teacher_row), softmax(row), strict=True))
+    known = describe_predictions(feature_maps[-1].mean((2, 3)), logits["gap"].softmax(-1))
+    for target, query in enumerate(("memory", "constant")):
+        scores = model.evidence_scores(query, model.castream.evidence_features(feature_maps))
+        for item in range(5):
+            evidence = softmax(scores[item].flatten().tolist())
+            log_alpha, beta = objective.surrogates[query].linear(known[item]).tolist()
+            for number in range(4):
+                mass = sum(e * m for e, m in zip(evidence, kept[item, number].flatten().tolist(), strict=True))
+                probability = 1 / (1 + math.exp(beta - math.exp(log_alpha) * mass))
+                r = survival[item, target, number].item()
+                expected -= (r * math.log(probability) + (1 - r) * math.log(1 - probability)) / 4
+    assert objective({"features": features})["loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_mass_fidelity_trains_evidence_stream_and_surrogates_only(batch):
+    objective = fidelity_objective()
+    result = objective(batch | {"seed": torch.arange(5)})
+    assert {"r2_memory", "r2_constant"} <= set(result)
+    result["loss"].backward()
+    moved = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
+    assert all(name.startswith(("model.evidence.", "model.castream.stream.", "surrogates.")) for name in moved)
+    assert {"model.evidence.memory.bias", "model.castream.stream.query", "surrogates.constant.linear.bias"} <= moved
+
+
+def test_mass_fidelity_is_refused_where_it_means_nothing(tiny_model):
+    with pytest.raises(ValueError, match="set evidence_queries"):
+        make(tiny_model, objective="mass_fidelity")
+    with pytest.raises(ValueError, match="is a regression"):
+        Objective(evidence_model("regression"), [0.5] * 3, [0.5] * 3, "mass_fidelity")

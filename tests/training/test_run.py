@@ -82,8 +82,10 @@ def layout(folder: str) -> list[str]:
         {"cache_features": True, "views": 2, "optimizer": "sgd"},
         {"mixup": 0.4, "cutmix": 1.0},
         {"freeze_backbone": False, "freeze_classifier": False, "pooling": "gap"},
+        {"objective": "mass_fidelity", "evidence_queries": ["memory", "constant"], "mask_kinds": ["soft", "blob"]},
+        {"objective": "mass_fidelity", "evidence_queries": ["memory"], "cache_features": True, "views": 2},
     ],
-    ids=["plain", "workers", "masked-ema", "cached", "mixed", "fine-tuned"],
+    ids=["plain", "workers", "masked-ema", "cached", "mixed", "fine-tuned", "evidence", "cached-evidence"],
 )
 def test_a_run_killed_twice_is_the_uninterrupted_run(run, options, tmp_path, changes):
     whole = options | changes | {"output_dir": str(tmp_path / "whole")}
