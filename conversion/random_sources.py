@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForImageClassification,
     BitConfig,
     BitImageProcessor,
@@ -28,6 +29,53 @@ from .torchvision_families import published_weights
 
 _LABELS = 7
 _SIZE = 64
+_VIT = {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+_VIT |= {"intermediate_size": 48}
+_PYRAMID = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]}
+_SWIN = {"image_size": 64, "embed_dim": 16, "depths": [1, 2, 1], "num_heads": [2, 2, 4], "window_size": 4}
+_WHOLE = {
+    "beit": _VIT,
+    "clip": {"vision_config": _VIT},
+    "data2vec-vision": _VIT,
+    "donut-swin": _SWIN,
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320, "image_size": 64},
+    "focalnet": {"image_size": 64, "embed_dim": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
+    "hiera": {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]},
+    "ijepa": _VIT,
+    "levit": {
+        **{"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1, 1, 1]},
+        **{"key_dim": [8, 8, 8], "architectures": ["LevitForImageClassification"]},
+    },
+    "levit, with teacher": {
+        **{"image_size": 64, "hidden_sizes": [16, 32, 48], "num_attention_heads": [1, 2, 3], "depths": [1, 1, 1]},
+        **{"key_dim": [8, 8, 8], "architectures": ["LevitForImageClassificationWithTeacher"]},
+    },
+    "metaclip_2": {"vision_config": _VIT},
+    "mobilenet_v1": {"depth_multiplier": 0.25, "image_size": 64},
+    "mobilenet_v2": {"depth_multiplier": 0.25, "image_size": 64},
+    "mobilevit": {
+        **{"image_size": 64, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 24, 32, 40, 48]},
+    },
+    "mobilevitv2": {"width_multiplier": 0.25, "image_size": 64},
+    "poolformer": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
+    "pvt_v2": {
+        "image_size": 64,
+        "hidden_sizes": [8, 16, 24, 32],
+        "depths": [1] * 4,
+        "num_attention_heads": [1, 1, 2, 2],
+    },
+    "regnet": {"embedding_size": 8, **_PYRAMID, "groups_width": 8},
+    "segformer": {
+        "image_size": 64,
+        "hidden_sizes": [8, 16, 24, 32],
+        "depths": [1] * 4,
+        "num_attention_heads": [1, 1, 2, 2],
+    },
+    "siglip": {"vision_config": _VIT},
+    "swiftformer": {"image_size": 64, "embed_dims": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
+    "swinv2": _SWIN,
+    "textnet": {},
+}
 TRANSFORMERS = {
     "resnet": ResNetConfig(embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 2, 1, 1], layer_type="basic"),
     "convnext": ConvNextConfig(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1]),
@@ -39,6 +87,7 @@ TRANSFORMERS = {
     "dinov2_with_registers": Dinov2WithRegistersConfig(
         image_size=64, patch_size=8, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2
     ),
+    **{family: AutoConfig.for_model(family.split(",")[0], **options) for family, options in _WHOLE.items()},
     "bit": BitConfig(embedding_size=16, hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], num_groups=4),
     "bit, bottleneck blocks": BitConfig(
         embedding_size=16, hidden_sizes=[32, 32, 64, 64], depths=[1, 1, 2, 1], num_groups=4, layer_type="bottleneck"
@@ -107,7 +156,7 @@ def _transformers_folder(family: str, folder: Path) -> tuple[str, None]:
     square = {"height": _SIZE, "width": _SIZE}
     if family.startswith(("dinov2", "bit")):
         processor = BitImageProcessor(size={"shortest_edge": 80}, crop_size=square)
-    elif family == "swin":
+    elif family == "swin" or family in _WHOLE:
         processor = ViTImageProcessor(size=square)
     else:
         processor = ConvNextImageProcessor(size={"shortest_edge": _SIZE}, crop_pct=0.875)

@@ -1,6 +1,7 @@
 """transformers classifiers: which layers stand around their pooling, and under which names."""
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modeling_castream.network_castream import HEADS, head_of
+
 from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Source
 from .timm_sources import describe_wrapper
 
@@ -22,6 +25,18 @@ def _without_layers(config: PreTrainedConfig) -> dict:
 
 def _cls_token(config: PreTrainedConfig) -> dict:
     return {"classifier_cls_token": True}
+
+
+def _whole_classifier(config: PreTrainedConfig) -> dict:
+    return {"whole_classifier": True}
+
+
+def _whole_rules(config: PreTrainedConfig) -> list:
+    """Names of the weights of a classifier that is used as it is."""
+    classifiers, inside = head_of(config).classifiers, (r"^", f"{BACKBONE}network.")
+    if len(classifiers) > 1:
+        return [inside]
+    return [(rf"^{re.escape(classifiers[0])}\.", CLASSIFIER), inside]
 
 
 def _bit_layers(config: PreTrainedConfig) -> dict:
@@ -66,23 +81,26 @@ FAMILIES = {
         ],
     ),
 }
-SUPPORTED = ", ".join(FAMILIES)
-_WITHOUT_POOLING = ("beit", "cvt", "data2vec-vision", "deit", "levit", "mobilevit", "vit", "vit_msn")
-_REMEDIES = {"regnet": " transformers has no RegNet backbone: convert timm:regnet* instead."}
+SUPPORTED = ", ".join(sorted((*FAMILIES, *(family for family in HEADS if family.islower()), "timm_wrapper")))
+_READERS = {  # what classifiers do that do not average
+    "cvt": "it reads the CLS token, and does not run in transformers without one",
+    "deit": "it reads the CLS token",
+    "vit": "it reads the CLS token",
+    "vit_msn": "it reads the CLS token",
+    "perceiver": "it reads a learned query's output",
+    "pvt": "it reads the CLS token",
+}
 
 
 def _check_family(source: str, config: PreTrainedConfig) -> None:
     family = config.model_type
-    if family in _WITHOUT_POOLING:
-        raise ValueError(
-            f"{source} ({family}) has no global average pooling of a feature map to replace: "
-            "its classifier reads tokens."
-        )
-    if family not in (*FAMILIES, "timm_wrapper"):
-        raise ValueError(
-            f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}."
-            + _REMEDIES.get(family, "")
-        )
+    reason = _READERS.get(family)
+    if family in ("beit", "data2vec-vision") and not config.use_mean_pooling:
+        reason = "it reads the CLS token (use_mean_pooling is false)"
+    if reason:
+        raise ValueError(f"{source} ({family}) has no global average pooling of a feature map to replace: {reason}.")
+    if family not in (*FAMILIES, *HEADS, "timm_wrapper"):
+        raise ValueError(f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}.")
 
 
 def _load_config(source: str) -> PreTrainedConfig:
@@ -139,9 +157,12 @@ def load_transformers(source: str) -> Source:
     if model.config.model_type == "timm_wrapper":
         return describe_wrapper(model, source)
     image_processor = _load_processor(source)
-    layers, rules = FAMILIES[model.config.model_type]
+    layers, rules = FAMILIES.get(model.config.model_type, (_whole_classifier, None))
     backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
-    backbone.out_features = list(backbone.stage_names)
+    if rules is None:
+        rules = _whole_rules(model.config)
+    else:
+        backbone.out_features = list(backbone.stage_names)
     return Source(
         family=f"transformers {model.config.model_type}",
         model=model,

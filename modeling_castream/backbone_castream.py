@@ -1,6 +1,6 @@
 """What lies between an image and the stream: the frozen backbone and the feature maps the stream reads.
 
-A timm classifier is a backbone as it is (`network_castream`). `AutoBackbone` returns stage outputs. Three things stand
+A whole classifier is a backbone as it is (`network_castream`). `AutoBackbone` returns stage outputs. Three things stand
 between those and the maps a pretrained classifier really pools, and all three are settled here: norms that the backbone
 class adds and the classifier does not have, layers that the classifier has and the backbone class leaves out (the
 neck), and places inside a stage that a stream may want to read.
@@ -14,7 +14,7 @@ from transformers import AutoBackbone
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.utils.output_capturing import CompileableContextVar
 
-from .network_castream import NECK, TimmNetwork, describe_features
+from .network_castream import NECK, ClassifierNetwork, build_network, describe_features
 
 # Thread-safe store of the submodule outputs of the forward pass under way; None outside of one.
 _captured = CompileableContextVar("castream_captured_features")
@@ -95,8 +95,13 @@ def _stage_names(backbone_config) -> list[str]:
     return [stage["module"] for stage in info.info]
 
 
+def is_whole_classifier(config) -> bool:
+    """Whether the backbone of a CAStreamConfig is a pretrained classifier as it is, with its own head."""
+    return config.whole_classifier or config.backbone_config.model_type == "timm_wrapper"
+
+
 def _resolve_network_layers(config) -> list[str]:
-    """`resolve_stream_layers` of a timm classifier; also writes `config.stream_channels` where these are depths."""
+    """`resolve_stream_layers` of a whole classifier; also writes `config.stream_channels` where these are depths."""
     network, layers = config.backbone_config, config.stream_layers
     channels = None if getattr(network, "features", None) else describe_features(network, config.num_labels)
     names = network.features["layers"]
@@ -129,7 +134,7 @@ def resolve_stream_layers(config) -> list[str]:
     Raises:
         ValueError: where the last of `config.stream_layers` is not the pooled feature map.
     """
-    if config.backbone_config.model_type == "timm_wrapper":
+    if is_whole_classifier(config):
         return _resolve_network_layers(config)
     backbone_config, layers = _stage_config(config.backbone_config), config.stream_layers
     is_timm = backbone_config.model_type == "timm_backbone"
@@ -165,11 +170,11 @@ def build_backbone(config) -> nn.Module:
         ValueError: on a stream layer that the backbone does not have.
     """
     stages = resolve_stream_layers(config)
-    if config.backbone_config.model_type == "timm_wrapper":
+    if is_whole_classifier(config):
         names = config.backbone_config.features["layers"]
-        backbone = TimmNetwork(config.backbone_config, config.num_labels)
+        backbone = build_network(config.backbone_config, config.num_labels)
         backbone.inner_layers = [names.index(name) for name in stages[:-1]]
-        _capture_submodules(backbone, backbone.timm_model, config.feature_layers, names)
+        _capture_submodules(backbone, next(backbone.children()), config.feature_layers, names)
         return backbone
     backbone = AutoBackbone.from_config(config.backbone_config)
     norms = getattr(backbone, "hidden_states_norms", nn.ModuleDict())  # an AutoBackbone's addition, untrained
@@ -247,7 +252,7 @@ def num_input_channels(config) -> int:
 
 def _image_size(backbone: nn.Module) -> tuple[int, int]:
     """Height and width that a backbone is made for, 224 where it takes any."""
-    if isinstance(backbone, TimmNetwork):
+    if isinstance(backbone, ClassifierNetwork):
         return backbone.image_shape[1:]
     if backbone.config.model_type == "timm_backbone":
         return tuple(backbone._backbone.default_cfg["input_size"][-2:])
@@ -270,7 +275,7 @@ def run_backbone(
     captured = {}
     token = _captured.set(captured)
     try:
-        if isinstance(backbone, TimmNetwork):
+        if isinstance(backbone, ClassifierNetwork):
             output, feature_maps = None, backbone.feature_maps(pixel_values)
         else:
             output = backbone(pixel_values, output_hidden_states=output_hidden_states)
@@ -279,7 +284,7 @@ def run_backbone(
         _captured.reset(token)
     if is_channels_last(backbone):
         captured = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in captured.items()}
-        if not isinstance(backbone, TimmNetwork):
+        if not isinstance(backbone, ClassifierNetwork):
             feature_maps = {name: feature_map.permute(0, 3, 1, 2) for name, feature_map in feature_maps.items()}
     return feature_maps | captured, output
 
@@ -297,7 +302,7 @@ def read_feature_maps(
         pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
     """
     feature_maps, output = run_backbone(backbone, pixel_values, output_hidden_states=config.classifier_cls_token)
-    if not isinstance(backbone, TimmNetwork):
+    if not isinstance(backbone, ClassifierNetwork):
         feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
     cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
     return tuple(feature_maps[name] for name in config.feature_layers), cls_token

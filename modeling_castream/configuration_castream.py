@@ -109,6 +109,10 @@ class CAStreamConfig(PreTrainedConfig):
             (ConvNeXt: a layer norm). `[]`: none.
         classifier_cls_token (`bool`, defaults to `False`):
             Whether the classifier reads `[CLS token, pooled vector]` (DINOv2).
+        whole_classifier (`bool`, defaults to `False`):
+            Whether `backbone_config` is that of an image classifier which is used as it is, with its own layers between
+            the pooled vector and the linear classifier, rather than as an `AutoBackbone`. For types of `HEADS` in
+            `network_castream`; timm's networks (`TimmWrapperConfig`) always are.
 
     Raises:
         huggingface_hub.errors.StrictDataclassClassValidationError: on a value outside the ones above, around a
@@ -148,6 +152,7 @@ class CAStreamConfig(PreTrainedConfig):
     neck_layers: list[dict] | None = None
     head_layers: list[dict] | None = None
     classifier_cls_token: bool = False
+    whole_classifier: bool = False
 
     def __post_init__(self, **kwargs):
         if self.backbone_config is None:

@@ -34,7 +34,7 @@ from .backbone_castream import (
 from .configuration_castream import CAStreamConfig, resolve_pooling
 from .evidence_castream import EvidenceBlock, unit
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
-from .network_castream import NECK, TimmNetwork
+from .network_castream import NECK, ClassifierNetwork
 
 
 @dataclass
@@ -400,7 +400,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             config.head_layers, config.stream_channels[-1], spatial=False, name="head_layers"
         )
         num_features *= 2 if config.classifier_cls_token else 1
-        if isinstance(self.castream.backbone, TimmNetwork):
+        if isinstance(self.castream.backbone, ClassifierNetwork):
             num_features = self.castream.backbone.num_features
         has_classifier = num_features is not None and config.num_labels > 0
         self.classifier = nn.Linear(num_features, config.num_labels) if has_classifier else nn.Identity()
@@ -431,7 +431,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
 
         With class-specific queries one for each class: (batch_size, num_labels, num_features).
         """
-        if isinstance(self.castream.backbone, TimmNetwork):
+        if isinstance(self.castream.backbone, ClassifierNetwork):
             return self.castream.backbone.readout(pooler_output)
         features = self.head(pooler_output)
         if cls_token is None:
@@ -443,7 +443,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
     @property
     def has_linear_readout(self) -> bool:
         """Whether the linear classifier reads the pooled vector itself, or the end of what it reads is that vector."""
-        return not len(self.head) and not isinstance(self.castream.backbone, TimmNetwork)
+        return not len(self.head) and not isinstance(self.castream.backbone, ClassifierNetwork)
 
     def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""

@@ -1,0 +1,90 @@
+"""Classifiers that are used as they are: what stands around their pooling, explanations, training, refusals."""
+
+import pytest
+import timm
+import torch
+from castream.conversion.classifier import load_source
+from castream.conversion.random_sources import TRANSFORMERS, write_random_source
+from castream.conversion.timm_sources import describe
+from timm.models import save_for_hf
+from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification
+
+from modeling_castream import CAStreamForImageClassification, explain
+from modeling_castream.network_castream import HEADS
+from modeling_castream.saliency_castream import METHODS
+
+WHOLE = [name for name in TRANSFORMERS if name.split(",")[0] in HEADS]
+
+
+def pixels() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def test_every_type_of_the_table_has_a_row():
+    assert {name.split(",")[0] for name in WHOLE} == {name for name in HEADS if name.islower()}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_explanations_and_a_training_step(convert_row, name):
+    model = CAStreamForImageClassification.from_pretrained(convert_row(f"transformers:{name}").folder)
+    assert len(model.config.stream_layers) > 1
+    for method in METHODS:
+        if method not in ("evidence", "object", "score_cam"):
+            maps = explain(model, pixels(), target=3, method=method, normalize=False, relu=False)
+            assert maps.shape == (2, 64, 64) and maps.isfinite().all(), method
+    torch.manual_seed(0)
+    for parameter in model.castream.stream.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.train()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(pixels(), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert f"castream.stream.blocks.{len(model.config.stream_layers) - 1}.projection.weight" in moved
+    assert all(key.startswith("castream.stream.") for key in moved)
+
+
+@pytest.mark.parametrize("family", ["beit", "data2vec-vision"])
+def test_a_cls_token_is_no_average(tmp_path, family):
+    write_random_source(f"transformers:{family}", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.use_mean_pooling = False
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"it reads the CLS token \(use_mean_pooling is false\)"):
+        load_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("vit_tiny_patch16_224", {"depth": 1}, "its classifier reads the CLS token"),
+        ("vit_tiny_patch16_224", {"depth": 1, "global_pool": "map"}, "it pools by attention"),
+        ("resnet10t", {"global_pool": "max"}, "it takes the maximum over positions"),
+        ("resnet10t", {"global_pool": "catavgmax"}, "it joins the mean and the maximum"),
+        ("vgg11", {}, r"its head runs pre_logits\.fc1 \(Conv2d\) on every position first"),
+    ],
+)
+def test_timm_s_refusals_say_what_the_network_does(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        describe(timm.create_model(name, num_classes=5, **options).eval(), options, f"timm:{name}")
+
+
+def test_folders_of_timm_and_of_its_wrapper(tmp_path):
+    """Preprocessing, labels and weights of a folder, whoever wrote it and however it is named."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3)
+    model.pretrained_cfg |= {"input_size": (3, 64, 64), "mean": (0.5, 0.5, 0.5)}
+    save_for_hf(model, tmp_path / "timm", model_config={"label_names": ["a", "b", "c"]}, safe_serialization=True)
+    for source in (str(tmp_path / "timm"), f"local-dir:{tmp_path / 'timm'}", f"timm:local-dir:{tmp_path / 'timm'}"):
+        loaded = load_source(source)
+        assert torch.equal(loaded.state["fc.weight"], model.fc.weight)
+        assert loaded.config["id2label"] == {0: "a", 1: "b", 2: "c"}
+        assert tuple(loaded.image_processor.image_mean) == (0.5,) * 3
+        assert loaded.image_processor.crop_size.height == 64
+        assert str(tmp_path) not in loaded.config["backbone_config"].to_json_string()
+    wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="resnet10t", num_labels=3))
+    wrapper.save_pretrained(tmp_path / "wrapper")
+    assert torch.equal(load_source(str(tmp_path / "wrapper")).state["fc.weight"], wrapper.timm_model.fc.weight)
