@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from castream.evaluation.engine import Items, score_curve_ends, score_map
-from castream.evaluation.perturbation import num_steps
-from castream.evaluation.scoring import Scorer
+from castream.evaluation.block import Items, score_curve_ends, score_map
+from castream.evaluation.masking import num_steps
+from castream.evaluation.scorer import Scorer
 from castream.evaluation.settings import EvaluationSettings
 from torch import nn
 
@@ -31,7 +31,7 @@ def curve_contenders(model: nn.Module, pixel_values: torch.Tensor) -> dict[str, 
     target = features.logits("gap").argmax(1)
     saliency = explain_features(features, target, "grad_cam", "gap")
     before = scorer.score_features(features, target)
-    items = Items(torch.arange(batch_size), target, pixel_values, pixel_values / 2 + 0.5, features, before)
+    items = Items(torch.arange(batch_size), target, target, pixel_values, pixel_values / 2 + 0.5, features, before)
     passes = 2 * (num_steps(*pixel_values.shape[2:]) - 1) + 1
 
     def forward() -> None:

@@ -8,7 +8,7 @@ The command is `python -m evaluation --help`; evaluation/README.md defines the f
 """
 
 from castream.evaluation.report import Report
-from castream.evaluation.runner import evaluate_saliency
+from castream.evaluation.run import evaluate_saliency
 from castream.evaluation.settings import EvaluationSettings
 
 __all__ = ["EvaluationSettings", "Report", "evaluate_saliency"]

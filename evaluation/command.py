@@ -161,7 +161,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from .allocator import keep_freed_memory
     from .data import read_examples
-    from .runner import evaluate_saliency
+    from .run import evaluate_saliency
 
     keep_freed_memory()
     accelerator = Accelerator()

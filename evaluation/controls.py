@@ -12,13 +12,16 @@ map shows. Each control takes one of these away:
 """
 
 import copy
+import math
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
+from scipy.stats import spearmanr
 from torch import nn
 from torch.nn import functional as F
 
-from .perturbation import upsample_saliency
+from .masking import upsample_saliency
 
 MAX_EXPONENT = 64.0
 BISECTIONS = 40
@@ -91,13 +94,14 @@ def match_norm(vector: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     return F.normalize(vector, dim=-1) * reference.norm(dim=-1, keepdim=True)
 
 
-def confidences(probabilities: torch.Tensor, multi_label: bool) -> torch.Tensor:
+def confidences(probabilities: torch.Tensor, independent: bool) -> torch.Tensor:
     """Confidence of each image, (batch_size,), from its probabilities (batch_size, num_labels).
 
-    The largest one; of a multi-label model, the mean over classes of the larger of p and 1 - p, since its largest p
-    rises with the temperature wherever it is below 1/2. Both fall as the temperature rises.
+    The largest one; where classes are independent (several labels, or a single logit), the mean over classes of the
+    larger of p and 1 - p, since its largest p rises with the temperature wherever it is below 1/2. Both fall as the
+    temperature rises.
     """
-    if multi_label:
+    if independent:
         return torch.maximum(probabilities, 1 - probabilities).mean(1)
     return probabilities.amax(1)
 
@@ -113,11 +117,8 @@ def fit_temperature(mean_confidence, target: float) -> float:
             f"no temperature from 1/{MAX_TEMPERATURE:.0f} to {MAX_TEMPERATURE:.0f} gives GAP the mean confidence of "
             f"CA, {target:.4f}: leave out the control 'temperature'."
         )
-    low, high = 1 / MAX_TEMPERATURE, MAX_TEMPERATURE
-    for _ in range(BISECTIONS):
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if mean_confidence(middle) > target else (low, middle)
-    return (low * high) ** 0.5
+    bound = math.log(MAX_TEMPERATURE)
+    return math.exp(brentq(lambda log_t: mean_confidence(math.exp(log_t)) - target, -bound, bound, xtol=1e-12))
 
 
 def shuffled_classifier(model: nn.Module, seed: int) -> nn.Module:
@@ -133,18 +134,9 @@ def shuffled_classifier(model: nn.Module, seed: int) -> nn.Module:
     return twin
 
 
-def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> list[float]:
     """Spearman's correlation of maps (batch_size, height, width), ties at their mean rank; NaN where a map is flat."""
-    first, second = _ranks(first.flatten(1)), _ranks(second.flatten(1))
-    first, second = first - first.mean(1, keepdim=True), second - second.mean(1, keepdim=True)
-    scale = first.norm(dim=1) * second.norm(dim=1)
-    return torch.where(scale > 0, (first * second).sum(1) / scale, torch.nan)
-
-
-def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """Ranks (batch_size, n) in float64, equal values sharing the mean of theirs."""
-    ordered = values.sort(dim=1).values.contiguous()
-    values = values.contiguous()
-    below = torch.searchsorted(ordered, values)
-    up_to = torch.searchsorted(ordered, values, right=True)
-    return (below + up_to).double() / 2
+    pairs = zip(first.flatten(1).cpu(), second.flatten(1).cpu(), strict=True)
+    return [
+        math.nan if a.min() == a.max() or b.min() == b.max() else float(spearmanr(a, b).statistic) for a, b in pairs
+    ]

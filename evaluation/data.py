@@ -6,7 +6,7 @@ run.
 """
 
 from collections.abc import Iterable, Iterator, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from castream.data.decoding import open_image, open_mask
@@ -16,7 +16,7 @@ from castream.data.opening import Split, describe_dataset, fingerprint
 from PIL import Image
 
 from .localization import box_mask
-from .perturbation import normalize_images
+from .masking import normalize_images
 
 
 @dataclass
@@ -136,6 +136,11 @@ def _with_classes(split: Split, id2label: dict[int, str] | None) -> Split:
     """The split with the model's class ids, or without labels where none of its classes is the model's."""
     if not id2label:
         return split
+    if len(id2label) == 1 and split.class_names and len(split.class_names) == 2:
+        note = (
+            f"The model's one logit is taken for {split.class_names[1]!r} against {split.class_names[0]!r}."
+        )
+        return replace(split, notes=(*split.notes, note))
     try:
         return split.match_classes(id2label)
     except UnknownClassesError as error:
@@ -224,7 +229,8 @@ def _path_of(row: dict) -> str:
 def _class_ids(label, identity: str, num_labels: int) -> list[int]:
     """Class ids of a row; none for a missing label, which some datasets write as -1 or None."""
     ids = [] if label is None else class_ids(label, {}, identity)
-    outside = [number for number in ids if not 0 <= number < num_labels]
+    last = max(num_labels, 2) - 1  # a single logit tells 0 from 1
+    outside = [number for number in ids if not 0 <= number <= last]
     if outside:
-        raise ValueError(f"image {identity!r} has the class id {outside[0]}: the model's are 0 to {num_labels - 1}.")
+        raise ValueError(f"image {identity!r} has the class id {outside[0]}: the model's are 0 to {last}.")
     return ids

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import torch
 from castream.artifacts.files import new_file
 
-from .perturbation import upsample_saliency
+from .masking import upsample_saliency
 from .settings import CURVE_METRICS
 
 COLOUR_MAP = "inferno"  # the pipeline's overlay has it, too; perceptually even and readable with any colour vision

@@ -27,7 +27,7 @@ def pointing_hit(saliency: torch.Tensor, mask: torch.Tensor, tolerance: float = 
     """Whether the map's maximum lies on the object, (batch_size,) bool.
 
     The maximum is a hit if a pixel of the mask is within `tolerance` pixels of it (Euclidean; the paper uses 15). Of
-    several equal maxima the last by index counts, the first of `evaluation.perturbation.pixel_order`.
+    several equal maxima the last by index counts, the first of `masking.pixel_order`.
 
     Source: Zhang et al., Top-down neural attention by excitation backprop, arXiv:1608.00507.
     """

@@ -1,6 +1,8 @@
-"""A small classifier, its image processor and examples, for tests of the engine."""
+"""A small classifier, its image processor and examples, for tests of the evaluation."""
 
 import numpy as np
+import torch
+from castream.evaluation.masking import deletion_end, inner_points, insertion_start
 from PIL import Image
 
 from modeling_castream import CAStreamImageProcessor
@@ -38,3 +40,12 @@ def small_examples(count: int = 10, num_labels: int = 5) -> list[dict]:
         {"id": f"image-{index}", "image": small_image(index), "label": index % num_labels, "mask": mask}
         for index in range(count)
     ]
+
+
+def curve_images(metric: str, pixel_values, order, protocol: str = "reference", points_per_chunk: int = 1):
+    """Every image of an insertion or deletion curve, (points, batch_size, num_channels, height, width), as it is run:
+    the ends that all maps share, and what `inner_points` makes between them."""
+    start = insertion_start(pixel_values, protocol)
+    ends = {"insertion": (start, pixel_values), "deletion": (pixel_values, deletion_end(pixel_values, start, protocol))}
+    first, last = ends[metric]
+    return torch.cat([first[None], *inner_points(first, last, order, points_per_chunk), last[None]])

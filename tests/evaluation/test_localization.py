@@ -3,7 +3,7 @@
 import pytest
 import torch
 from castream.evaluation.localization import box_mask, mask_share, pixel_precision, pointing_hit, sparsity
-from castream.evaluation.perturbation import pixel_order
+from castream.evaluation.masking import pixel_order
 
 # 2x3 maps: a peak in the top right, two equal peaks, all zero, constant
 MAPS = torch.tensor(

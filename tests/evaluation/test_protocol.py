@@ -1,7 +1,13 @@
 import pytest
 import torch
-from castream.evaluation.perturbation import blur_images, pixel_order
-from castream.evaluation.protocol import deletion_end, inner_points, insertion_start, saliency_order
+from castream.evaluation.masking import (
+    blur_images,
+    deletion_end,
+    inner_points,
+    insertion_start,
+    pixel_order,
+    saliency_order,
+)
 
 
 def noise(*shape):

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from castream.evaluation.perturbation import (
-    deletion_images,
-    insertion_images,
+from castream.evaluation.masking import (
     mask_images,
     perturbation_images,
     pixel_order,
+    saliency_order,
     upsample_saliency,
 )
 from torchvision.models import resnet18
 
+from tests.evaluation.small import curve_images
 from tests.reference import formula
 
 REFERENCE = np.load(Path(__file__).resolve().parents[1] / "reference" / "metrics_public.npz")
@@ -50,9 +50,9 @@ def full_size_map(name):
     return upsample_saliency(torch.from_numpy(REFERENCE[f"gap.{name}.map"]), (64, 64))
 
 
-def curve(network, chunks):
+def curve(network, points):
     """Probability of the label at each point, (4, points)."""
-    logits = torch.stack([network(images) for chunk in chunks for images in chunk], dim=1)
+    logits = torch.stack([network(images) for images in points], dim=1)
     return logits.softmax(-1).gather(2, LABELS.view(4, 1, 1).expand(-1, logits.shape[1], 1))[..., 0].numpy()
 
 
@@ -67,17 +67,18 @@ def test_curves_with_the_stored_order(network, public, name):
     stored = pixel_order(full_size_map(name))
     if name != "synthetic":
         stored = torch.from_numpy(REFERENCE[f"gap.{name}.order"].astype(np.int64))
-    for metric, make in (("insertion", insertion_images), ("deletion", deletion_images)):
+    for metric in ("insertion", "deletion"):
         expected = REFERENCE[f"gap.{name}.{metric}.curve"]
-        np.testing.assert_allclose(curve(network, make(public[1], stored)), expected, atol=1e-5, rtol=0)
+        points = curve_images(metric, public[1], stored)
+        np.testing.assert_allclose(curve(network, points), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_our_order_is_the_stable_sort_of_the_reference(network, public, name):
     """Ties the other way round move these means by up to 4e-3."""
-    order = pixel_order(full_size_map(name))
-    for expected, make in zip(STABLE[name], (insertion_images, deletion_images), strict=True):
-        points = curve(network, make(public[1], order))
+    order = saliency_order(full_size_map(name), "reference")
+    for expected, metric in zip(STABLE[name], ("insertion", "deletion"), strict=True):
+        points = curve(network, curve_images(metric, public[1], order))
         area = (points.sum(1) - (points[:, 0] + points[:, -1]) / 2) / 8
         assert area.mean() == pytest.approx(expected, abs=1e-6)
 

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from castream.evaluation.perturbation import (
+from castream.evaluation.masking import (
     blur_images,
     blur_profile,
-    deletion_images,
-    insertion_images,
+    inner_points,
     mask_images,
     normalize_images,
     num_steps,
@@ -22,6 +21,7 @@ from castream.evaluation.perturbation import (
     upsample_saliency,
 )
 
+from tests.evaluation.small import curve_images
 from tests.reference import formula
 
 REFERENCE = np.load(Path(__file__).resolve().parents[1] / "reference" / "metrics_public.npz")
@@ -84,7 +84,7 @@ def test_reference_number_of_points(public):
     images, pixel_values, saliency = public
     assert (pixels_per_step(64, 64), num_steps(64, 64)) == (512, 8)
     assert (
-        len(list(insertion_images(pixel_values, pixel_order(saliency))))
+        len(curve_images("insertion", pixel_values, pixel_order(saliency)))
         == REFERENCE["gap.synthetic.insertion.curve"].shape[1]
     )
     assert (
@@ -160,7 +160,7 @@ def test_transition_by_hand():
 def test_insertion_and_deletion_ends():
     images, saliency = random_images(height=20, width=40)
     order = pixel_order(saliency)
-    inserted, deleted = (torch.cat(list(make(images, order))) for make in (insertion_images, deletion_images))
+    inserted, deleted = (curve_images(metric, images, order) for metric in ("insertion", "deletion"))
     assert inserted.shape == (num_steps(20, 40) + 1, *images.shape) == deleted.shape
     assert torch.equal(inserted[0], blur_images(images)) and torch.equal(inserted[-1], images)
     assert torch.equal(deleted[0], images) and not deleted[-1].any()
@@ -170,8 +170,7 @@ def test_insertion_and_deletion_change_the_most_salient_pixels():
     images, saliency = random_images(height=20, width=40)
     threshold = saliency.flatten(1).sort(descending=True).values[:, 320 - 1]  # 320 pixels a step, no ties
     salient = (saliency >= threshold[:, None, None])[:, None]
-    inserted = list(insertion_images(images, pixel_order(saliency)))[1][0]
-    deleted = list(deletion_images(images, pixel_order(saliency)))[1][0]
+    inserted, deleted = (curve_images(metric, images, pixel_order(saliency))[1] for metric in ("insertion", "deletion"))
     torch.testing.assert_close(inserted, torch.where(salient, images, blur_images(images)), atol=0, rtol=0)
     torch.testing.assert_close(deleted, images * ~salient, atol=0, rtol=0)
 
@@ -209,17 +208,18 @@ def test_upsampling_keeps_a_map_of_that_size_and_does_not_rescale():
     assert upsample_saliency(maps * 0.5, (7, 9)).max() <= 0.5
 
 
-@pytest.mark.parametrize("make", [insertion_images, deletion_images])
-def test_batch_equals_singles_and_chunks_change_nothing(make):
+@pytest.mark.parametrize("metric", ["insertion", "deletion"])
+def test_batch_equals_singles_and_chunks_change_nothing(metric):
     images, saliency = random_images(3, 20, 40)
     order = pixel_order(saliency)
-    together = torch.cat(list(make(images, order)))
-    singles = [torch.cat(list(make(images[i : i + 1], order[i : i + 1]))) for i in range(3)]
+    together = curve_images(metric, images, order)
+    singles = [curve_images(metric, images[i : i + 1], order[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(singles, dim=1), atol=1e-6, rtol=0)
-    chunks = list(make(images, order, points_per_chunk=3))
+    chunks = list(transition_images(images, 0 * images, order, [0, 320, 640, 800], points_per_chunk=3))
     assert [len(chunk) for chunk in chunks] == [3, 1]
-    assert torch.equal(torch.cat(chunks), together)
-    assert torch.equal(torch.cat(list(make(images, order, points=[2, 0]))), together[[2, 0]])
+    assert torch.equal(curve_images(metric, images, order, points_per_chunk=3), together)
+    backwards = torch.cat(list(transition_images(images, 0 * images, order, [640, 0])))
+    assert torch.equal(backwards, torch.cat(chunks)[[2, 0]])
 
 
 def test_perturbation_chunks_change_nothing():
@@ -240,22 +240,22 @@ def test_inputs_are_left_alone_and_dtype_is_kept():
     images, saliency = random_images()
     before = images.clone(), saliency.clone()
     order = pixel_order(saliency)
-    for chunk in (*insertion_images(images, order), *deletion_images(images, order)):
+    for chunk in inner_points(images, 0 * images, order, 1):
         chunk.zero_()
     for chunk in perturbation_images(images, order, MEAN, STD):
         chunk.zero_()
     mask_images(images, saliency, MEAN, STD).zero_()
     assert torch.equal(images, before[0]) and torch.equal(saliency, before[1])
     assert mask_images(images.bfloat16(), saliency, MEAN, STD).dtype == torch.bfloat16
-    assert next(insertion_images(images.double(), order)).dtype == torch.float64
+    assert curve_images("insertion", images.double(), order).dtype == torch.float64
 
 
 def test_autocast_does_not_touch_the_images():
     images, saliency = random_images()
     order = pixel_order(saliency)
-    outside = torch.cat(list(insertion_images(images, order)))
+    outside = curve_images("insertion", images, order)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(torch.cat(list(insertion_images(images, order))), outside)
+        assert torch.equal(curve_images("insertion", images, order), outside)
         assert upsample_saliency(saliency, (31, 17)).dtype == torch.float32
 
 
@@ -273,14 +273,10 @@ def test_autocast_does_not_touch_the_images():
         (lambda x, s: pixel_order(s[0]), r"saliency has shape \(16, 24\)"),
         (lambda x, s: pixel_order(s / 0), "saliency holds NaN or infinite"),
         (lambda x, s: upsample_saliency(s[:, None], (8, 8)), r"saliency has shape \(2, 1, 16, 24\)"),
-        (lambda x, s: insertion_images(x, pixel_order(s)[:, :9]), r"order has shape \(2, 9\) but 2 images of 16x24"),
-        (lambda x, s: insertion_images(x, pixel_order(s) * 0), "order is not a permutation"),
-        (lambda x, s: deletion_images(x, pixel_order(s) + 1), "order is not a permutation"),
-        (
-            lambda x, s: deletion_images(x, pixel_order(s), points=[3]),
-            "points holds 3 but a 16x24 image has points 0 to 2",
-        ),
-        (lambda x, s: deletion_images(x, pixel_order(s), points_per_chunk=0), "points_per_chunk=0"),
+        (lambda x, s: inner_points(x, x, pixel_order(s)[:, :9], 1), r"order has shape \(2, 9\) but 2 images of 16x24"),
+        (lambda x, s: inner_points(x, x, pixel_order(s) * 0, 1), "order is not a permutation"),
+        (lambda x, s: inner_points(x, x, pixel_order(s) + 1, 1), "order is not a permutation"),
+        (lambda x, s: inner_points(x, x, pixel_order(s), points_per_chunk=0), "points_per_chunk=0"),
         (lambda x, s: transition_images(x, x[:1], pixel_order(s), [0]), "start has shape"),
         (lambda x, s: blur_images(x, kernel_size=4), "kernel_size=4, sigma=5.0: give an odd"),
         (lambda x, s: blur_images(x, sigma=0), "kernel_size=5, sigma=0: give an odd"),

@@ -8,6 +8,18 @@
 Average drop, gain and increase, and the perturbation scores, act in pixel space and normalise afterwards; insertion and
 deletion act in normalised space, where zero is the mean colour. Both are the reference's choices (CA-Stream research
 code, June 2024). Functions are pure, keep dtype and device, and treat every image of a batch on its own.
+
+Insertion (Petsiuk et al., RISE, arXiv:1806.07421) adds the most salient pixels to a blurred image, deletion takes them
+away. Protocol `"reference"` is the paper's, to the digit. `"stable"` changes three things about them, each measured in
+evaluation/README.md and each to be had alone, by its name:
+
+- `"hiding_blur"`: insertion starts from a blur that hides the object (a Gaussian whose sigma is 1/16 of the image's
+  longer side, with mirrored borders) instead of a 5x5 one that leaves most classes recognisable and darkens the
+  borders;
+- `"blurred_deletion"`: deletion ends there too, instead of at the mean colour, whose hard edges are objects of their
+  own;
+- `"random_ties"`: pixels of equal saliency are taken in one fixed random order instead of by index, which removes the
+  flat part of a map from its lower right corner upwards.
 """
 
 import math
@@ -20,6 +32,8 @@ from torch.nn import functional as F
 ROWS_PER_STEP = 8
 BLUR_SIZE, BLUR_SIGMA = 5, 5.0
 PERTURBATION_TENTHS = range(1, 10)
+STABLE_BLUR_SHARE = 16
+TIE_SEED = 0
 
 
 def upsample_saliency(saliency: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -153,36 +167,50 @@ def transition_images(
     return _generate_transition(start, end, _check_order(order, start), tuple(counts), points_per_chunk)
 
 
-def insertion_images(
-    pixel_values: torch.Tensor, order: torch.Tensor, points: Sequence[int] | None = None, points_per_chunk: int = 1
+def insertion_start(pixel_values: torch.Tensor, protocol: str) -> torch.Tensor:
+    """Images from which insertion starts, (batch_size, num_channels, height, width), normalised."""
+    return _hiding_blur(pixel_values) if changes(protocol, "hiding_blur") else blur_images(pixel_values)
+
+
+def deletion_end(pixel_values: torch.Tensor, start: torch.Tensor, protocol: str) -> torch.Tensor:
+    """Images at which deletion ends; `start` is what `insertion_start` returned."""
+    if not changes(protocol, "blurred_deletion"):
+        return torch.zeros_like(pixel_values)
+    return start if changes(protocol, "hiding_blur") else _hiding_blur(pixel_values)
+
+
+def changes(protocol: str, change: str) -> bool:
+    """Whether a protocol makes one of stable's changes."""
+    return protocol in ("stable", change)
+
+
+def _hiding_blur(pixel_values: torch.Tensor) -> torch.Tensor:
+    side = max(pixel_values.shape[2:])
+    reach = min(max(1, side // 8), min(pixel_values.shape[2:]) - 1)  # two sigmas; mirroring needs less than the image
+    return blur_images(pixel_values, kernel_size=2 * reach + 1, sigma=side / STABLE_BLUR_SHARE, padding="reflect")
+
+
+def saliency_order(saliency: torch.Tensor, protocol: str) -> torch.Tensor:
+    """Pixel indices (batch_size, height * width), the most salient first, ties broken as the protocol says."""
+    if not changes(protocol, "random_ties"):
+        return pixel_order(saliency)
+    generator = torch.Generator().manual_seed(TIE_SEED)
+    shuffled = torch.randperm(saliency[0].numel(), generator=generator).to(saliency.device)
+    return shuffled[pixel_order(saliency.flatten(1)[:, shuffled].view_as(saliency))]
+
+
+def inner_points(
+    start: torch.Tensor, end: torch.Tensor, order: torch.Tensor, points_per_chunk: int
 ) -> Iterator[torch.Tensor]:
-    """Images while the most salient pixels enter the blurred image; see `transition_images` for what is yielded.
+    """The images of a curve between its two ends, which are left out: they are the same for every map.
 
-    Args:
-        pixel_values: (batch_size, num_channels, height, width), normalised.
-        order: from `pixel_order`.
-        points: which points of the curve, 0 (blurred image) .. num_steps (the image itself); None for all. The ends
-            are the same for every map, so a caller with several maps can make them once.
-
-    Source: Petsiuk et al., RISE, arXiv:1806.07421, with the reference's step, blur and space.
+    Yields:
+        (points, batch_size, num_channels, height, width).
     """
-    _check_images(pixel_values)
-    return transition_images(
-        blur_images(pixel_values), pixel_values, order, _changed_pixels(pixel_values, points), points_per_chunk
-    )
-
-
-def deletion_images(
-    pixel_values: torch.Tensor, order: torch.Tensor, points: Sequence[int] | None = None, points_per_chunk: int = 1
-) -> Iterator[torch.Tensor]:
-    """Images while the most salient pixels are set to zero in normalised space, that is, to the mean colour.
-
-    Points run from 0 (the image itself) to num_steps (zeros). Arguments and source as for `insertion_images`.
-    """
-    _check_images(pixel_values)
-    return transition_images(
-        pixel_values, torch.zeros_like(pixel_values), order, _changed_pixels(pixel_values, points), points_per_chunk
-    )
+    height, width = start.shape[2:]
+    step = pixels_per_step(height, width)
+    counts = [step * point for point in range(1, num_steps(height, width))]
+    return transition_images(start, end, order, counts, points_per_chunk)
 
 
 def perturbation_counts(height: int, width: int) -> list[int]:
@@ -204,7 +232,8 @@ def perturbation_images(
         images: (batch_size, num_channels, height, width) in [0, 1]; pixels become 0 here, before normalisation.
         order: from `pixel_order`; negative perturbation goes through it backwards.
 
-    Yields: as `transition_images`, nine points in all.
+    Yields:
+        As `transition_images`, nine points in all.
 
     Source: Chefer et al., arXiv:2012.09838, as the CA-Stream reference computes it.
     """
@@ -232,16 +261,6 @@ def _generate_transition(
             image.copy_(current)
             changed = count
         yield images.view(len(chunk), batch_size, height, width, num_channels).permute(0, 1, 4, 2, 3)
-
-
-def _changed_pixels(pixel_values: torch.Tensor, points: Sequence[int] | None) -> list[int]:
-    height, width = pixel_values.shape[2:]
-    steps = num_steps(height, width)
-    points = range(steps + 1) if points is None else points
-    for point in points:
-        if not 0 <= point <= steps:
-            raise ValueError(f"points holds {point} but a {height}x{width} image has points 0 to {steps}")
-    return [min(point * pixels_per_step(height, width), height * width) for point in points]
 
 
 def _check_order(order: torch.Tensor, images: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,14 @@
-"""The engine from pixels to metrics, against the research code's figures for both of its models."""
+"""A block of images from pixels to metrics, against the research code's figures for both of its models."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from castream.evaluation import EvaluationSettings, engine
+from castream.evaluation import EvaluationSettings
+from castream.evaluation.block import evaluate_block, read_items, score_curve_ends, score_map
 from castream.evaluation.data import Block
-from castream.evaluation.scoring import Scorer
+from castream.evaluation.scorer import Scorer
 
 from tests.evaluation.golden_model import golden_model
 from tests.reference import formula
@@ -52,8 +53,8 @@ def test_probabilities_before_masking(model, block, name):
 def test_metrics_of_saliency_methods(model, block, name, method, monkeypatch):
     """Maps are ours; only the order of equally salient pixels, which the reference leaves to chance, is stored."""
     stored = torch.from_numpy(REFERENCE[f"{name}.{method}.order"].astype(np.int64))
-    monkeypatch.setattr(engine, "saliency_order", lambda saliency, protocol: stored)
-    rows, maps = engine.evaluate_block(scorer_for(model, MODELS[name], METHODS[method]), block)
+    monkeypatch.setattr("castream.evaluation.block.saliency_order", lambda saliency, protocol: stored)
+    rows, maps = evaluate_block(scorer_for(model, MODELS[name], METHODS[method]), block)
     expected = f"{name}.{method}"
     np.testing.assert_allclose(
         maps[METHODS[method], MODELS[name], False].numpy(), REFERENCE[f"{expected}.map"], atol=5e-5, rtol=0
@@ -73,9 +74,9 @@ def test_metrics_of_saliency_methods(model, block, name, method, monkeypatch):
 def test_metrics_of_a_map_without_ties(model, block, name):
     """Our own order of pixels: the synthetic map has no ties."""
     scorer = scorer_for(model, MODELS[name])
-    items = engine.read_items(scorer, block)
+    items = read_items(scorer, block)
     saliency = torch.from_numpy(formula.saliency("metrics_public"))
-    scores = engine.score_map(scorer, items, saliency, engine.score_curve_ends(scorer, items))
+    scores = score_map(scorer, items, saliency, score_curve_ends(scorer, items))
     masked = np.take_along_axis(REFERENCE[f"{name}.synthetic.probs_masked"], REFERENCE["labels"][:, None], 1)[:, 0]
     np.testing.assert_allclose(scores.masked.probability[MODELS[name]].numpy(), masked, atol=1e-5, rtol=0)
     for metric in ("insertion", "deletion"):
@@ -86,9 +87,9 @@ def test_metrics_of_a_map_without_ties(model, block, name):
 def test_both_poolings_at_once_are_those_of_single_runs(model, block):
     """Sharing backbone passes among methods, poolings and controls changes no figure."""
     both = EvaluationSettings(methods=("grad_cam", "raw_attention"), controls=("map_only", "norm"), batch_size=3)
-    shared, _ = engine.evaluate_block(Scorer(model, both, MEAN, STD), block)
+    shared, _ = evaluate_block(Scorer(model, both, MEAN, STD), block)
     for pooling in ("gap", "ca"):
-        alone, _ = engine.evaluate_block(scorer_for(model, pooling), block)
+        alone, _ = evaluate_block(scorer_for(model, pooling), block)
         mine = [row for row in shared if (row["method"], row["pooling"], row["control"]) == ("grad_cam", pooling, "")]
         for metric in ("average_drop", "average_gain", "insertion", "deletion"):
             np.testing.assert_allclose([row[metric] for row in mine], [row[metric] for row in alone], atol=1e-3)

@@ -17,7 +17,8 @@ AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class Scores:
-    """The target's probability and the predicted class, each (batch_size,), by scoring."""
+    """The target's probability and the predicted class, each (batch_size,), by scoring; a single logit predicts 1 where
+    its probability is above 1/2, else 0."""
 
     probability: dict[str, torch.Tensor]
     predicted: dict[str, torch.Tensor]
@@ -44,7 +45,8 @@ class Scorer:
         self.model, self.settings, self.temperature = model, settings, temperature
         self.mean, self.std = list(mean), list(std)
         self.scorings = list(dict.fromkeys(row.scoring for row in table_rows(settings)))
-        self.multi_label = model.config.problem_type == "multi_label_classification"
+        self.single_logit = model.config.num_labels == 1
+        self.independent = self.single_logit or model.config.problem_type == "multi_label_classification"
 
     def features(self, pixel_values: torch.Tensor) -> Features:
         """One backbone pass, under the settings' autocast; the model must be in eval mode."""
@@ -93,6 +95,10 @@ class Scorer:
             by_scoring[scoring] = self.model.probabilities(logits)
         return by_scoring
 
+    def predicted(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The class, (batch_size,), that probabilities (batch_size, num_labels) say."""
+        return (probabilities[:, 0] > 0.5).long() if self.single_logit else probabilities.argmax(1)
+
     def score(self, pixel_values: torch.Tensor, target: torch.Tensor) -> Scores:
         """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time."""
         size = self.settings.batch_size
@@ -110,5 +116,5 @@ class Scorer:
         scores = Scores({}, {})
         for scoring, probabilities in self.probabilities(features).items():
             scores.probability[scoring] = probabilities.gather(1, target[:, None])[:, 0]
-            scores.predicted[scoring] = probabilities.argmax(1)
+            scores.predicted[scoring] = self.predicted(probabilities)
         return scores

@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
-from castream.evaluation import EvaluationSettings, evaluate_saliency, runner
+from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation import run as evaluation_run
 from castream.evaluation.command import main
 from castream.evaluation.data import Examples
 from castream.evaluation.settings import CONTROLS, PAIRED_CONTROLS
@@ -35,7 +37,7 @@ def run(folder=None, settings=SETTINGS, examples=None, model=None, processor=Non
 
 def stop_after(monkeypatch, blocks):
     """Let the run die, as by a signal, when it starts on the block after the first few."""
-    original, seen = runner.evaluate_block, []
+    original, seen = evaluation_run.evaluate_block, []
 
     def evaluate_block(scorer, block):
         if len(seen) == blocks:
@@ -43,13 +45,13 @@ def stop_after(monkeypatch, blocks):
         seen.append(block.number)
         return original(scorer, block)
 
-    monkeypatch.setattr(runner, "evaluate_block", evaluate_block)
+    monkeypatch.setattr(evaluation_run, "evaluate_block", evaluate_block)
     return seen
 
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_result(tmp_path, monkeypatch):
     whole = run()
-    monkeypatch.setattr(runner, "SECONDS_PER_PART", -1)  # a part a block
+    monkeypatch.setattr(evaluation_run, "SECONDS_PER_PART", -1)  # a part a block
     for blocks in (2, 1):
         with monkeypatch.context() as patch:
             stop_after(patch, blocks)
@@ -178,13 +180,13 @@ def test_max_images():
 
 def test_score_cam_is_evaluated_in_small_blocks(monkeypatch):
     """A block is what a progress bar moves by and a kill loses; a full one would take minutes."""
-    sizes, evaluate_block = [], runner.evaluate_block
+    sizes, evaluate_block = [], evaluation_run.evaluate_block
 
     def counting(scorer, block):
         sizes.append(len(block.ids))
         return evaluate_block(scorer, block)
 
-    monkeypatch.setattr(runner, "evaluate_block", counting)
+    monkeypatch.setattr(evaluation_run, "evaluate_block", counting)
     frames = []
     for batch_size in (16, 3):
         settings = EvaluationSettings(methods=("score_cam",), metrics=("average_drop",), batch_size=batch_size)
@@ -238,7 +240,10 @@ def test_controls_without_a_name_are_all_controls(folders, tmp_path, words, pool
     assert results["image_processor"]["size"] == [64, 64] and results["device"] in ("cpu", "cuda", "mps", "xpu")
     assert results["versions"]["castream"] and results["versions"]["pillow"]
     used = {row["control"] for row in results["rows"]} | {row["method"] for row in results["rows"]}
-    assert {"random_map", "area"} <= used or "--controls" not in words or len(words) > 1
+    both = {"map_only_area"} if {"map_only", "area"} <= set(controls) else set()
+    assert used - {"", "grad_cam"} == (set(controls) | both) - {"randomization"}
+    shuffled = ["randomization_correlation" in row for row in results["rows"]]
+    assert any(shuffled) == ("randomization" in controls)
 
 
 def test_progress_shows_the_size_of_a_folder_of_images(folders, tmp_path, capsys):
@@ -302,7 +307,7 @@ def test_two_processes_count_every_image_once_and_agree_with_one(folders, tmp_pa
 @pytest.mark.slow
 def test_a_killed_command_goes_on(folders, tmp_path):
     """SIGKILL as soon as the first part is on disk, then the same command again."""
-    slow = [sys.executable, "-c", "import evaluation.runner as r; r.SECONDS_PER_PART = 0; "
+    slow = [sys.executable, "-c", "import evaluation.run as r; r.SECONDS_PER_PART = 0; "
             "import time; e = r.evaluate_block; "
             "r.evaluate_block = lambda s, b: (time.sleep(0.5), e(s, b))[1]; "
             "import sys; from castream.evaluation.command import main; sys.exit(main(sys.argv[1:]))"]  # fmt: skip
@@ -316,4 +321,7 @@ def test_a_killed_command_goes_on(folders, tmp_path):
     assert not (tmp_path / "out" / "results.json").exists()
     assert main(arguments) == 0
     assert main(options(folders, tmp_path / "whole")) == 0
-    pd.testing.assert_frame_equal(values(tmp_path / "out"), values(tmp_path / "whole"))
+    resumed, whole = (pq.read_table(tmp_path / name / "per_image.parquet") for name in ("out", "whole"))
+    assert resumed.equals(whole)  # to the bit
+    for name in ("results.md", "examples.png", "curves.png"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

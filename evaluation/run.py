@@ -13,13 +13,13 @@ from tqdm import tqdm
 
 from modeling_castream.features_castream import evaluating
 
+from .block import evaluate_block
 from .controls import confidences, fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
-from .engine import evaluate_block
 from .figures import WRONG
 from .published import published_rows
 from .report import Report, summarize
-from .scoring import Scorer
+from .scorer import Scorer
 from .settings import EvaluationSettings
 from .store import Part, Store, fingerprint_processor
 
@@ -65,6 +65,10 @@ def evaluate_saliency(
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
+    if model.config.problem_type == "regression":
+        raise ValueError(
+            "the model is a regression (problem_type): it has no class whose probability could change."
+        )
     examples = read_examples(examples, dataset_name, model.config.id2label)
     _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
@@ -288,14 +292,15 @@ class _Run:
             if block.ids:
                 with _naming(block), evaluating(self.model):
                     features = scorer.features(block.pixel_values.to(self.model.device))
-                    confidence.append(confidences(scorer.probabilities(features)["ca"], scorer.multi_label).cpu())
+                    confidence.append(confidences(scorer.probabilities(features)["ca"], scorer.independent).cpu())
                     logits.append(scorer.logits(features)["gap"].cpu())
-        temperature = self._fit(torch.cat(logits) if logits else None, torch.cat(confidence) if confidence else None)
+        found = (torch.cat(parts) if parts else None for parts in (logits, confidence))
+        temperature = self._fit(*found, scorer.independent)
         if self.store is not None and self.accelerator.is_main_process:
             self.store.write_value("temperature", temperature)
         return temperature
 
-    def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None) -> float:
+    def _fit(self, logits: torch.Tensor | None, confidence: torch.Tensor | None, independent: bool) -> float:
         def mean_over_all(values: torch.Tensor | None) -> float:
             mine = (0.0, 0) if values is None else (float(values.double().sum()), len(values))
             sums = gather_object([mine])
@@ -307,9 +312,7 @@ class _Run:
         def at_temperature(temperature: float) -> float:
             if logits is None:
                 return mean_over_all(None)
-            multi_label = self.model.config.problem_type == "multi_label_classification"
-            scaled = logits / temperature
-            return mean_over_all(confidences(scaled.sigmoid() if multi_label else scaled.softmax(-1), multi_label))
+            return mean_over_all(confidences(self.model.probabilities(logits / temperature), independent))
 
         return fit_temperature(at_temperature, mean_over_all(confidence))
 

@@ -3,9 +3,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from castream.evaluation import EvaluationSettings, engine, evaluate_saliency
+from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation.block import check_saliency, evaluate_block, read_items, score_curve_ends, score_map
 from castream.evaluation.data import Preprocessor, prepare_block, read_examples
-from castream.evaluation.scoring import Scorer
+from castream.evaluation.scorer import Scorer
 
 from modeling_castream import explain
 from tests.evaluation.small import MEAN, SIZE, STD, small_examples, small_model, small_processor
@@ -73,7 +74,7 @@ def test_insertion_and_deletion_by_their_definition(size, steps):
     assert pixel_values.shape[2:] == size and torch.allclose(pixel_values, expected, atol=1e-5)
     saliency = explain(model, pixel_values, [example["label"]], "grad_cam", "ca")[0].flatten().tolist()
     order = sorted(range(size[0] * size[1]), key=lambda pixel: (-saliency[pixel], -pixel))
-    from castream.evaluation.perturbation import blur_images
+    from castream.evaluation.masking import blur_images
 
     substrates = {"insertion": (blur_images(pixel_values), pixel_values), "deletion": (pixel_values, 0 * pixel_values)}
     for name, (start, end) in substrates.items():
@@ -125,7 +126,7 @@ def test_maps_that_poolings_share_are_masked_once(monkeypatch):
     block = block_of(examples, model)
     counts = count_images(model, monkeypatch)
     settings = EvaluationSettings(methods=("raw_attention",), metrics=("average_drop",), batch_size=4)
-    engine.evaluate_block(Scorer(model, settings, MEAN, STD), block)
+    evaluate_block(Scorer(model, settings, MEAN, STD), block)
     assert sum(counts) == 4 + 4  # the images, and each masked once for both poolings
 
 
@@ -154,7 +155,7 @@ def test_curves_take_no_more_passes_than_they_need(protocol, ends, monkeypatch):
         protocol=protocol,
         controls=("map_only",),
     )
-    engine.evaluate_block(Scorer(model, settings, MEAN, STD), block)
+    evaluate_block(Scorer(model, settings, MEAN, STD), block)
     steps = 8
     inner = 2 * (steps - 1) * 4 * 2  # insertion and deletion, four images, a map each for GAP and CA
     assert sum(counts) == 4 + inner + ends  # blurred images, and one mean-coloured image or others of their own
@@ -182,8 +183,8 @@ def test_how_images_are_batched_changes_no_curve():
     for batch_size in (1, 3, 16):
         metrics = ("insertion", "deletion", "positive_perturbation")
         scorer = Scorer(model, EvaluationSettings(metrics=metrics, batch_size=batch_size), MEAN, STD)
-        items = engine.read_items(scorer, block)
-        scores = engine.score_map(scorer, items, saliency, engine.score_curve_ends(scorer, items))
+        items = read_items(scorer, block)
+        scores = score_map(scorer, items, saliency, score_curve_ends(scorer, items))
         assert scores.perturbed["positive_perturbation"]["ca"].shape == (5, 9)
         curves.append(torch.cat([scores.curves[name][pooling] for name in metrics[:2] for pooling in ("gap", "ca")]))
     torch.testing.assert_close(curves[0], curves[1], atol=1e-5, rtol=0)
@@ -211,6 +212,46 @@ def test_multi_label_explains_every_positive_label():
         "images_without_label": 0,
         "skipped": [],
     }
+
+
+@pytest.mark.parametrize("pooling", ["gap", "ca"])
+def test_a_single_logit_is_explained_for_both_of_its_labels(pooling):
+    model, examples = small_model(num_labels=1), small_examples(6, num_labels=2)
+    images = [example["image"] for example in examples]
+    with torch.no_grad():
+        inputs = small_processor()(images, return_tensors="pt").pixel_values
+        logits = model(inputs, pooling=pooling).logits[:, 0]
+        model.classifier.bias -= logits.median()  # so that both labels are predicted
+        logits = model(inputs, pooling=pooling).logits[:, 0]
+    metrics = ("average_drop", "positive_perturbation")
+    report = evaluate(examples, model, methods=("grad_cam",), poolings=(pooling,), metrics=metrics)
+    frame = report.per_image
+    assert frame["target"].tolist() == [0] * 6
+    np.testing.assert_allclose(frame["probability"], logits.sigmoid(), atol=1e-5)
+    assert frame["predicted"].tolist() == (logits > 0).long().tolist() and frame["predicted"].nunique() == 2
+    labels = np.array([example["label"] for example in examples])
+    assert report.results["accuracy"][pooling]["mean"] == pytest.approx(100 * ((logits > 0).numpy() == labels).mean())
+    drop = 100 * (1 - frame["probability_masked"] / frame["probability"]).clip(lower=0)
+    np.testing.assert_allclose(frame["average_drop"], drop, atol=1e-5)
+    # an answer of 0 can be kept, too, though the explained logit is the other answer's
+    assert frame["positive_perturbation"][(labels == 0) & (frame["predicted"] == 0)].max() > 0
+    with pytest.raises(ValueError, match="has the class id 2: the model's are 0 to 1"):
+        evaluate([examples[0] | {"label": 2}], model)
+
+
+def test_temperature_of_a_single_logit():
+    report = evaluate(small_examples(4, num_labels=2), small_model(num_labels=1), controls=("temperature",))
+    frame = report.per_image.query("method == 'grad_cam'")
+    by_control = {
+        key: np.maximum(group["probability"], 1 - group["probability"]).mean()
+        for key, group in frame.groupby(["pooling", "control"])
+    }
+    assert by_control["gap", "temperature"] == pytest.approx(by_control["ca", ""], abs=1e-4)
+
+
+def test_a_regression_is_refused():
+    with pytest.raises(ValueError, match=r"the model is a regression \(problem_type\)"):
+        evaluate(small_examples(2), small_model(num_labels=1, problem_type="regression"))
 
 
 def test_without_labels_the_predicted_class_is_explained_and_the_report_says_so():
@@ -290,11 +331,11 @@ def test_saliency_of_the_wrong_shape_is_refused():
     with pytest.raises(
         ValueError, match=r"saliency of grad_cam has the shape \(4, 1, 7, 7\): give \(4, height, width\)"
     ):
-        engine.check_saliency(torch.zeros(4, 1, 7, 7), 4, "grad_cam")
+        check_saliency(torch.zeros(4, 1, 7, 7), 4, "grad_cam")
     with pytest.raises(ValueError, match=r"saliency of grad_cam has the shape \(3, 7, 7\)"):
-        engine.check_saliency(torch.zeros(3, 7, 7), 4, "grad_cam")
+        check_saliency(torch.zeros(3, 7, 7), 4, "grad_cam")
     with pytest.raises(ValueError, match="NaN or values outside"):
-        engine.check_saliency(torch.full((4, 7, 7), torch.nan), 4, "grad_cam")
+        check_saliency(torch.full((4, 7, 7), torch.nan), 4, "grad_cam")
 
 
 def test_nan_logits_are_refused():

@@ -17,6 +17,17 @@ from modeling_castream.saliency_castream import empty_maps, explain_features
 from .controls import control_maps, map_area, match_area, rank_correlation, shuffled_classifier
 from .data import Block
 from .localization import mask_share, pixel_precision, pointing_hit, sparsity
+from .masking import (
+    changes,
+    deletion_end,
+    inner_points,
+    insertion_start,
+    mask_images,
+    perturbation_images,
+    pixel_order,
+    saliency_order,
+    upsample_saliency,
+)
 from .metrics.average_drop.average_drop import average_drop
 from .metrics.average_gain.average_gain import average_gain
 from .metrics.average_increase.average_increase import average_increase
@@ -28,9 +39,7 @@ from .metrics.negative_perturbation.negative_perturbation import negative_pertur
 from .metrics.pixel_average_precision.pixel_average_precision import pixel_average_precision
 from .metrics.pointing_game.pointing_game import pointing_game
 from .metrics.positive_perturbation.positive_perturbation import positive_perturbation
-from .perturbation import mask_images, perturbation_images, pixel_order, upsample_saliency
-from .protocol import changes, deletion_end, inner_points, insertion_start, saliency_order
-from .scoring import Scorer, Scores
+from .scorer import Scorer, Scores
 from .settings import (
     CONTROL_MAPS,
     CURVE_METRICS,
@@ -61,11 +70,13 @@ PERTURBATION_FUNCTIONS = {
 
 @dataclass
 class Items:
-    """What is explained: one item a positive label, in the order of the block's images.
+    """What is explained: one item per positive label, in the order of the block's images; a single logit is explained
+    whichever of its two labels, 0 or 1, an image has.
 
     Args:
         image: place of each item's image within the block, (num_items,).
         target: its class, (num_items,).
+        answer: what the network should predict, (num_items,): the target; of a single logit the label, 0 or 1.
         pixel_values, images: of each item.
         features: of each item, from one backbone pass per image.
         before: scores of the unmasked images.
@@ -73,6 +84,7 @@ class Items:
 
     image: torch.Tensor
     target: torch.Tensor
+    answer: torch.Tensor
     pixel_values: torch.Tensor
     images: torch.Tensor
     features: Features
@@ -84,17 +96,18 @@ def read_items(scorer: Scorer, block: Block) -> Items:
     settings, device = scorer.settings, scorer.model.device
     pixel_values = block.pixel_values.to(device)
     features = scorer.features(pixel_values)
-    predicted = scorer.logits(features)[settings.poolings[0]].argmax(1).tolist()
-    explained = [
+    predicted = scorer.predicted(scorer.probabilities(features)[settings.poolings[0]]).tolist()
+    answers = [
         labels if labels and settings.target == "label" else [predicted[place]]
         for place, labels in enumerate(block.labels)
     ]
-    image = torch.tensor([place for place, labels in enumerate(explained) for _ in labels], device=device)
-    target = torch.tensor(list(chain.from_iterable(explained)), device=device)
-    if len(image) != len(pixel_values):  # several labels an image
+    image = torch.tensor([place for place, labels in enumerate(answers) for _ in labels], device=device)
+    answer = torch.tensor(list(chain.from_iterable(answers)), device=device)
+    target = torch.zeros_like(answer) if scorer.single_logit else answer
+    if len(image) != len(pixel_values):  # several labels per image
         features, pixel_values = features.select(image), pixel_values[image]
     images = block.images.to(device)[image]
-    return Items(image, target, pixel_values, images, features, scorer.score_features(features, target))
+    return Items(image, target, answer, pixel_values, images, features, scorer.score_features(features, target))
 
 
 def compute_maps(scorer: Scorer, items: Items, block: Block) -> dict[tuple[str, str, bool], torch.Tensor]:
@@ -263,7 +276,7 @@ def randomization_correlation(
         after = _explain(scorer, shuffled, items.target, method)
         for pooling in settings.poolings:
             before = maps[method, pooling, False]
-            correlations[method, pooling] = rank_correlation(before, after[pooling]).tolist()
+            correlations[method, pooling] = rank_correlation(before, after[pooling])
     return correlations
 
 
@@ -326,7 +339,7 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
         columns[name] = CURVE_FUNCTIONS[name](curve.numpy(), average=False)
     for name, by_scoring in scores.perturbed.items():
         classes = by_scoring[row.scoring].cpu().numpy()
-        columns[name] = PERTURBATION_FUNCTIONS[name](classes, items.target.cpu().numpy(), average=False)
+        columns[name] = PERTURBATION_FUNCTIONS[name](classes, items.answer.cpu().numpy(), average=False)
     if "sparsity" in settings.metrics:
         columns["sparsity"] = sparsity(scores.saliency).tolist()
     if settings.localization_metrics:
