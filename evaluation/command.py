@@ -1,6 +1,7 @@
 """Evaluate a model's saliency maps on a dataset: `python -m evaluation --help`."""
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -51,7 +52,13 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         help="folder, zip, file or address of photos, parquet or tar shards; Hub id; builder",
     )
     add("--split", required=True, help="split of the dataset, such as validation")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    add(
+        "--output",
+        required=True,
+        type=lambda path: Path(path).expanduser(),
+        metavar="DIR",
+        help="folder for the results",
+    )
     _add_table_options(parser, defaults)
     _add_run_options(parser, defaults)
     _add_dataset_options(parser)
@@ -137,7 +144,9 @@ def main(arguments: list[str] | None = None, prog: str = "python -m evaluation")
     """Run the command; returns the exit status."""
     parser = build_parser(prog)
     options = parser.parse_args(arguments)
-    options.command = shlex.join([*parser.prog.split(), *(sys.argv[1:] if arguments is None else arguments)])
+    words = [*parser.prog.split(), *(sys.argv[1:] if arguments is None else arguments)]
+    home = os.path.expanduser("~") + "/"  # whose it is says nothing to a reader of the results
+    options.command = shlex.join(word.replace(home, "~/") for word in words)
     try:
         _evaluate(options)
     except (ValueError, OSError) as error:

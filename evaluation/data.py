@@ -137,9 +137,7 @@ def _with_classes(split: Split, id2label: dict[int, str] | None) -> Split:
     if not id2label:
         return split
     if len(id2label) == 1 and split.class_names and len(split.class_names) == 2:
-        note = (
-            f"The model's one logit is taken for {split.class_names[1]!r} against {split.class_names[0]!r}."
-        )
+        note = f"The model's one logit is taken for {split.class_names[1]!r} against {split.class_names[0]!r}."
         return replace(split, notes=(*split.notes, note))
     try:
         return split.match_classes(id2label)

@@ -1,4 +1,4 @@
-"""What an evaluation found: the per-image table, its means and intervals, and their Markdown."""
+"""What an evaluation found: the per-image table, its means and intervals."""
 
 import platform
 from dataclasses import dataclass, field
@@ -9,36 +9,13 @@ import numpy as np
 import pandas as pd
 from castream.artifacts.files import new_file, write_file, write_json
 
-from .intervals import Interval, mean_intervals
+from .intervals import mean_intervals
+from .markdown import to_markdown
 from .settings import CONTROL_MAPS, EvaluationSettings
 from .store import TABLE_NAME, Part
 from .table import Row, reference_map, table_rows
 
 PACKAGES = ("castream", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow", "timm")
-ABBREVIATIONS = {
-    "average_drop": "AD ↓",
-    "average_gain": "AG ↑",
-    "average_increase": "AI ↑",
-    "kept": "kept ↑",
-    "insertion": "I ↑",
-    "deletion": "D ↓",
-    "positive_perturbation": "positive ↓",
-    "negative_perturbation": "negative ↑",
-    "mask_share": "mask share ↑",
-    "pointing_game": "pointing ↑",
-    "pixel_average_precision": "pixel AP ↑",
-    "sparsity": "sparsity",
-    "map_area": "area",
-}
-CONTROL_TITLES = {
-    "": "Saliency and pooling",
-    "temperature": "Control: GAP at the temperature of CA's confidence",
-    "norm": "Control: CA with its pooled norm matched to GAP's",
-    "map_only": "Control: map only, all probabilities from GAP",
-    "area": "Control: maps of equal area",
-    "map_only_area": "Control: map only and equal area",
-}
-MAX_LISTED = 20  # skipped images in results.md; results.json has all
 # Values whose intervals wait to be computed together: bounds memory to a few hundred MB.
 MAX_HELD = 2**24
 # Which rows of CA are compared with which rows of GAP.
@@ -224,106 +201,3 @@ def _against_reference(values: dict, settings: EvaluationSettings, figures: _Fig
 
 def _differences(first: pd.DataFrame, second: pd.DataFrame, settings: EvaluationSettings, figures: _Figures) -> dict:
     return {name: figures.difference(first[name], second[name]) for name in _columns(settings)}
-
-
-def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) -> str:
-    """The paper's table in Markdown, with its controls, from what `summarize` returned."""
-    settings = results["settings"]
-    names = [*settings["metrics"], "map_area"]
-    lines = [f"# Saliency evaluation: {results['model']} on {results['dataset']}", "", _describe(results), ""]
-    lines += _accuracy_lines(results)
-    for control, title in CONTROL_TITLES.items():
-        rows = [row for row in results["rows"] if row["control"] == control]
-        if rows:
-            lines += ["", f"## {title}", "", *_table(rows, names)]
-            if control == "" and published is not None:
-                lines += ["", *_published_lines(published, results)]
-    for title, key in (
-        ("CA minus GAP, paired over images", "ca_minus_gap"),
-        ("Method minus reference method, paired over images", "method_minus_reference"),
-    ):
-        if results[key]:
-            lines += ["", f"## {title}", "", *_table(results[key], names)]
-    correlations = [row for row in results["rows"] if row.get("randomization_correlation")]
-    if correlations:
-        lines += ["", "## Control: rank correlation with the map after shuffling the classifier's weights", ""]
-        lines += ["| saliency | pooling | correlation |", "| --- | --- | --- |"]
-        lines += [
-            f"| {row['method']} | {row['pooling'].upper()} | {_cell(row['randomization_correlation'])} |"
-            for row in correlations
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _describe(results: dict) -> str:
-    settings, sample = results["settings"], results["sample"]
-    sentences = [
-        f"{_count(sample['images'])}, {sample['maps_explained']} explained classes, protocol `{settings['protocol']}`, "
-        f"target `{settings['target']}`. Percent, mean over images [95 % interval, bootstrap over images]; area is the "
-        "share of the image that the map keeps."
-    ]
-    if sample["images_without_label"]:
-        count = _count(sample["images_without_label"], "has no label", "have no label")
-        sentences.append(f"{count}: the predicted class is explained.")
-    if results.get("note"):
-        sentences.append(results["note"])
-    if sample["skipped"]:
-        listed = ", ".join(entry["id"] for entry in sample["skipped"][:MAX_LISTED])
-        more = ", and those in results.json" if len(sample["skipped"]) > MAX_LISTED else ""
-        one, several = (f"could not be decoded and {verb} skipped" for verb in ("was", "were"))
-        sentences.append(f"{_count(len(sample['skipped']), one, several)}: {listed}{more}.")
-    if results.get("temperature"):
-        sentences.append(f"GAP's confidence is CA's at temperature {results['temperature']:.4f}.")
-    return " ".join(sentences)
-
-
-def _count(number: int, one: str = "", several: str = "") -> str:
-    return f"{number} image {one}".rstrip() if number == 1 else f"{number} images {several}".rstrip()
-
-
-def _accuracy_lines(results: dict) -> list[str]:
-    titles = {"gap": "GAP", "ca": "CA", "ca_minus_gap": "CA minus GAP"}
-    known = {titles[name]: entry for name, entry in results["accuracy"].items() if entry}
-    if not known:
-        return ["Accuracy: unknown, the dataset has no labels."]
-    return ["Accuracy: " + "; ".join(f"{title} {_cell(entry)}" for title, entry in known.items()) + "."]
-
-
-def _cell(entry: dict | None) -> str:
-    if entry is None:
-        return "–"
-    interval = Interval(*(None if entry[name] is None else round(entry[name], 2) + 0.0 for name in Interval._fields))
-    return str(interval)  # rounded here, so that -0.004 does not become -0.00
-
-
-def _table(rows: list[dict], names: list[str]) -> list[str]:
-    """A Markdown table: which row, then a column a metric."""
-    keys = [key for key in ("method", "pooling", "control") if any(row.get(key) for row in rows)]
-    titles = {"method": "saliency", "pooling": "pooling", "control": "control"}
-    header = [titles[key] for key in keys] + [ABBREVIATIONS[name] for name in names]
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    for row in rows:
-        cells = [row[key].upper() if key == "pooling" else row[key] or "none" for key in keys]
-        lines.append("| " + " | ".join(cells + [_cell(row["metrics"][name]) for name in names]) + " |")
-    return lines
-
-
-def _published_lines(published: tuple[str, dict, dict], results: dict) -> list[str]:
-    """Ours beside the paper's, for the rows that both have."""
-    from .published import COLUMNS
-
-    network, accuracy, rows = published
-    ours = {(row["method"], row["pooling"]): row for row in results["rows"] if row["control"] == ""}
-    names = [name for name in COLUMNS if name in results["settings"]["metrics"]]
-    lines = [f"Ours beside the paper's ({network}, ImageNet validation, arXiv:2404.14996), as ours / paper:", ""]
-    header = ["saliency", "pooling", "accuracy", *(ABBREVIATIONS[name] for name in names)]
-    lines += ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    for (method, pooling), values in rows.items():
-        if (method, pooling) in ours:
-            found = results["accuracy"][pooling]
-            cells = [f"{found['mean']:.2f} / {accuracy[pooling]:.2f}" if found else f"– / {accuracy[pooling]:.2f}"]
-            metrics = ours[method, pooling]["metrics"]
-            paper = dict(zip(COLUMNS, values, strict=True))
-            cells += [f"{metrics[name]['mean']:.2f} / {paper[name]:.2f}" for name in names]
-            lines.append(f"| {method} | {pooling.upper()} | " + " | ".join(cells) + " |")
-    return lines

@@ -66,9 +66,7 @@ def evaluate_saliency(
     accelerator = accelerator or Accelerator()
     model = accelerator.unwrap_model(model).to(accelerator.device)
     if model.config.problem_type == "regression":
-        raise ValueError(
-            "the model is a regression (problem_type): it has no class whose probability could change."
-        )
+        raise ValueError("the model is a regression (problem_type): it has no class whose probability could change.")
     examples = read_examples(examples, dataset_name, model.config.id2label)
     _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)

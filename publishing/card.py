@@ -5,9 +5,10 @@ from pathlib import Path
 
 from castream.artifacts.files import new_file, read_json, write_json
 from castream.artifacts.models import count_values, fingerprint_folder
+from castream.evaluation.markdown import to_card_markdown
 from huggingface_hub import ModelCard, ModelCardData
 
-from .results import check_results, describe_results, to_eval_results
+from .results import check_results, to_eval_results
 
 TEMPLATE = Path(__file__).parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
@@ -103,7 +104,8 @@ def render_model_card(
         freeze_backbone=config.get("freeze_backbone", True),
         facts=_facts(config, model_dir, origin["base_model"]),
         figures=[{"path": f"figures/{path.name}", "caption": CAPTIONS.get(path.name, path.stem)} for path in figures],
-        results=describe_results(results) if results else None,
+        results=to_card_markdown(results) if results else None,
+        dataset=results["dataset"] if results else None,
         recipe=_flatten(recipe) if recipe else None,
         **origin,
     )

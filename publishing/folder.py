@@ -1,6 +1,7 @@
 """The folder that goes to the Hub, assembled from a model folder: what is uploaded is exactly what was checked."""
 
 import os
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from .figure import draw_example
 from .results import check_results
 
 FOREIGN_WEIGHTS = ("pytorch_model*.bin", "tf_model.h5", "flax_model.msgpack", "model.pt", "*.ckpt")
+# The folders of an absolute path: not those of an address, nor a fraction's stroke.
+PATH_IN_TEXT = re.compile(r"(?<![\w:/.~])(?:~[\w.-]*)?/(?:[^\s'\"/]+/)+|(?<![\w:/.~])~[\w.-]*/")
 RESULT_FIGURES = ("examples.png", "curves.png")
 
 
@@ -95,14 +98,15 @@ def read_results(publication: Publication) -> dict | None:
 
 
 def without_local_paths(value):
-    """Replace absolute paths, at any depth, by their last part: they say nothing to a reader but who wrote them."""
+    """Replace absolute paths, at any depth and within texts such as a command, by their last part: they say nothing to
+    a reader but who wrote them."""
     if isinstance(value, dict):
         return {key: without_local_paths(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [without_local_paths(entry) for entry in value]
     if isinstance(value, str) and os.path.isabs(os.path.expanduser(value)):
         return Path(value).name
-    return value
+    return PATH_IN_TEXT.sub("", value) if isinstance(value, str) else value
 
 
 def assemble(publication: Publication, folder: Path, max_shard_size: str = "5GB") -> CAStreamForImageClassification:

@@ -195,10 +195,20 @@ def test_score_cam_is_evaluated_in_small_blocks(monkeypatch):
     torch.testing.assert_close(*(torch.tensor(frame["average_drop"]) for frame in frames), atol=1e-3, rtol=0)
 
 
-def test_an_output_folder_that_cannot_be_made(tmp_path):
+@pytest.mark.parametrize("read_only", ["", "evaluation.json"])
+def test_an_output_folder_that_cannot_be_written(tmp_path, read_only, monkeypatch):
+    """A file in the place of a folder; and a finished evaluation in a folder of somebody else's."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"output_dir .*file.* cannot be used: .*"):
-        run(tmp_path / "file" / "results")
+    folder = tmp_path / "file" / "results"
+    if read_only:
+        folder = tmp_path / "out"
+        run(folder)
+        monkeypatch.setattr(
+            Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+        )
+    with pytest.raises(ValueError, match=r"output_dir .* cannot be used: .*") as error:
+        run(folder)
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +254,14 @@ def test_controls_without_a_name_are_all_controls(folders, tmp_path, words, pool
     assert used - {"", "grad_cam"} == (set(controls) | both) - {"randomization"}
     shuffled = ["randomization_correlation" in row for row in results["rows"]]
     assert any(shuffled) == ("randomization" in controls)
+
+
+def test_the_command_in_the_results_tells_no_home(folders, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(folders))
+    data = ["--dataset", "~/data", "--split", "test", "--max-images", "2", "--metrics", "sparsity", "--output", "~/out"]
+    assert main(["--model", str(folders / "model"), "--methods", "grad_cam", *data]) == 0
+    results = json.loads((folders / "out" / "results.json").read_text())
+    assert str(folders) not in results["command"] and "--model '~/model'" in results["command"]
 
 
 def test_progress_shows_the_size_of_a_folder_of_images(folders, tmp_path, capsys):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from castream.artifacts.models import fingerprint_model
+from castream.evaluation.markdown import to_card_markdown
 from castream.publishing import command, publish, write_model_card
-from castream.publishing.folder import Publication, assemble
+from castream.publishing.folder import Publication, assemble, without_local_paths
 from castream.publishing.verify import verify
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -105,10 +106,13 @@ def test_the_card_s_index_has_the_numbers_of_the_results(model_dir, tmp_path):
         ["accuracy", "average_drop", "insertion"],
     )
     text = path.read_text()
-    assert "| grad_cam | CA − GAP | -2.00 [-3.00,\u00a0-1.00] | – |" in text
-    assert "| grad_cam | maps of equal area | -0.25 [-1.25,\u00a00.75] | – |" in text
-    assert "| random | GAP | 40.00 [39.00,\u00a041.00] | 20.00 [19.00,\u00a021.00] |" in text
-    assert "**40 images** of some/dataset, protocol `reference`" in text
+    assert "| grad_cam | GAP | 20.00 [19.00, 21.00] | 10.00 [9.00, 11.00] |" in text
+    assert "| grad_cam | none | -2.00 [-3.00, -1.00] | – |" in text
+    assert "| grad_cam | area | -0.25 [-1.25, 0.75] | – |" in text
+    assert "| random_map | GAP | 40.00 [39.00, 41.00] | 20.00 [19.00, 21.00] |" in text
+    assert "on some/dataset" in text and "40 images, 40 explained classes, protocol `reference`" in text
+    assert "Accuracy: GAP 70.12 [69.12, 71.12]; CA 71.50 [70.50, 72.50]" in text
+    assert to_card_markdown(make_results()) in text
     assert "{{" not in text.replace("{{CA-Stream", "") and "{%" not in text
 
 
@@ -214,6 +218,25 @@ def test_results_that_training_put_into_the_card_stay_with_their_weights(model_d
     publish(model_dir, "me/model", dry_run=tmp_path / "out")
     save_model(model_dir, seed=5)
     assert "results of another model" in refused(capsys, model_dir, out="again")
+
+
+def test_published_results_tell_no_paths():
+    command = (
+        "python -m evaluation --model /home/me/net --dataset ~/photos --data-files=/data/x/a.jpg '/home/me/My own/b'"
+    )
+    assert without_local_paths({"command": [command]}) == {
+        "command": ["python -m evaluation --model net --dataset photos --data-files=a.jpg 'My own/b'"]
+    }
+    for text in (
+        "GAP / CA",
+        "and/or",
+        "https://huggingface.co/a/b",
+        "some/dataset (test)",
+        "relative/path/x",
+        "~3 images",
+    ):
+        assert without_local_paths(text) == text
+    assert without_local_paths(["/home/me/photos (test)", "~/photos (test)", 3]) == ["photos (test)"] * 2 + [3]
 
 
 def test_results_folder_without_results(model_dir, tmp_path, capsys, unverified):
