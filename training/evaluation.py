@@ -103,14 +103,14 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_precision(
-    accelerator: Accelerator, model, image_processor, held_out: HeldOut, batch_size: int, path: Path
+    accelerator: Accelerator, model, image_processor, held_out: HeldOut, batch_size: int, folder: Path
 ) -> None:
     """Mean average precision of both poolings, the accuracy of classifiers with several labels per image.
 
     Each image counts once over all processes.
 
     Args:
-        path: of the JSON file `{"gap": percent, "ca": percent, "images": number of images}`.
+        folder: for mean_average_precision.json, `{"gap": percent, "ca": percent, "images": number of images}`.
     """
     model.eval()
     objective = Objective(model, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
@@ -128,7 +128,7 @@ def evaluate_precision(
     scores |= {"images": len(labels)}
     accelerator.print("mean average precision: GAP {gap:.2f}, CA {ca:.2f}, on {images} images".format(**scores))
     if accelerator.is_main_process:
-        write_json(path, scores)
+        write_json(folder / "mean_average_precision.json", scores)
 
 
 def mean_average_precision(scores: torch.Tensor, labels: torch.Tensor) -> float:

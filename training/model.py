@@ -8,13 +8,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from castream.artifacts.files import new_folder, write_json
+from castream.artifacts.models import load_image_processor, load_model
 from castream.conversion import convert_classifier
 from castream.data.labels import classes_fit
 from castream.data.opening import Split
 from torch.nn import functional as F
-from transformers import AutoImageProcessor
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, CAStreamImageProcessor
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 from .loop import to_device
 from .objective import Objective
@@ -35,7 +35,7 @@ def load_source(source: str, checkpoint: str | None, variant: str) -> tuple[CASt
     """
     config = Path(source) / "config.json"
     if config.is_file() and json.loads(config.read_text()).get("model_type") == "castream":
-        return load_model(Path(source))
+        return load_model(source), load_image_processor(source)
     try:
         return convert_classifier(source, checkpoint=checkpoint, variant=variant)
     except (OSError, ImportError, RuntimeError) as error:
@@ -107,14 +107,6 @@ def save_model(folder: Path, model: CAStreamForImageClassification, image_proces
         image_processor.save_pretrained(partial)
         if facts is not None:
             write_json(partial / TRAINING_FILE, facts)
-
-
-def load_model(folder: Path) -> tuple[CAStreamForImageClassification, object]:
-    """A model and its image processor from a folder that `save_model` wrote."""
-    settings = json.loads((folder / "preprocessor_config.json").read_text())
-    ours = "CAStreamImageProcessor" in str(settings.get("auto_map"))
-    processor = (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(folder)
-    return CAStreamForImageClassification.from_pretrained(folder), processor
 
 
 def unfreeze(

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from castream.artifacts.files import read_json
+from castream.artifacts.models import load_image_processor, load_model
 from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import Split, UnknownClassesError, open_scenes, open_split
 from castream.data.sharding import ShardPlan
@@ -31,7 +32,7 @@ from .evaluation import ENTROPY_IMAGES, HeldOut, evaluate, evaluate_precision, f
 from .feature_cache import CachedLoader, FeatureCache
 from .logging import BadImages, MetricLogger, WeightCheck
 from .loop import InterruptedRun, Interruption, Schedule, Steps, Update, WeightAverage
-from .model import TRAINING_FILE, adapt_model, fit_classifier, load_model, load_source, save_model, unfreeze
+from .model import TRAINING_FILE, adapt_model, fit_classifier, load_source, save_model, unfreeze
 from .objective import Mixer, Objective
 from .run_folder import RunFolder
 
@@ -74,8 +75,7 @@ def main(args: TrainingArguments) -> None:
     bad_images = BadImages(accelerator, folder.note_bad_images, folder.bad_images, args.max_bad_fraction)
     session = Session(accelerator, folder, interruption, bad_images)
 
-    split = open_dataset(args, args.train_split)
-    held_out = None
+    split, held_out = open_dataset(args, args.train_split), None
     if args.validation_split:
         held_out = HeldOut(open_dataset(args, args.validation_split), args.validation_split)
 
@@ -83,20 +83,17 @@ def main(args: TrainingArguments) -> None:
     needs_labels = args.objective == "cross_entropy" or needs_fit
     split = match_labels(split if needs_labels else split.without_labels(), held_out, model.config)
     if accelerator.is_main_process:
-        check_labels(split, held_out, model.config)
-        for note in (*split.notes, *(held_out.split.notes if held_out else ())):
-            tqdm.write(f"data: {note}")
+        check_data(split, held_out, model.config)
 
     if folder.model.is_dir():
         accelerator.print(f"training is complete: {folder.model}")
     else:
         train(args, session, model, image_processor, needs_fit, split, held_out)
-        model, image_processor = load_model(folder.model)  # what is evaluated is what was saved, on every process
+        model = load_model(folder.model)  # what is evaluated is what was saved, on every process
 
     if held_out and not (folder.evaluation / "results.json").is_file():
         if held_out.split.multi_label:
-            path = folder.path / "mean_average_precision.json"
-            evaluate_precision(accelerator, model, image_processor, held_out, args.batch_size, path)
+            evaluate_precision(accelerator, model, image_processor, held_out, args.batch_size, folder.path)
         names = {"model_name": args.model, "dataset_name": f"{args.dataset_name or 'scenes'}/{args.validation_split}"}
         evaluate(accelerator, model, image_processor, held_out, settings, folder.evaluation, **names)
     if accelerator.is_main_process:
@@ -163,7 +160,7 @@ def find_model(args: TrainingArguments, folder: RunFolder, split: Split) -> tupl
     """
     for ready in (folder.model, folder.initial):
         if ready.is_dir():
-            return *load_model(ready), False
+            return load_model(ready), load_image_processor(ready), False
     source, image_processor = load_source(args.model, args.model_checkpoint, args.variant)
     stream = {"variant": args.variant, "query": args.query, "num_attention_heads": args.num_attention_heads}
     stream |= {"init": args.init, "stream_layers": args.stream_layers, "unit_keys": args.unit_keys}
@@ -227,15 +224,17 @@ def _match_held_out(split: Split, config: CAStreamConfig, needed: bool) -> Split
         return split.without_labels(f"{error} It is evaluated for the predicted classes.")
 
 
-def check_labels(split: Split, held_out: HeldOut | None, config: CAStreamConfig) -> None:
-    """Look at the labels before any long work.
+def check_data(split: Split, held_out: HeldOut | None, config: CAStreamConfig) -> None:
+    """Look at the labels before any long work, and say what was left out or guessed.
 
     Raises:
-        ValueError: where one is no class of the model.
+        ValueError: where a label is no class of the model.
     """
     split.check_labels(num_classes(config))
     if held_out:
         held_out.split.check_labels(num_classes(config), may_lack=True)
+    for note in (*split.notes, *(held_out.split.notes if held_out else ())):
+        tqdm.write(f"data: {note}")
 
 
 class Session(NamedTuple):

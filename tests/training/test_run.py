@@ -21,7 +21,7 @@ from castream.training.loop import InterruptedRun, Interruption
 from castream.training.run import EXIT_INTERRUPTED, main
 from castream.training.run_folder import RunFolder
 from filelock import FileLock
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
@@ -258,6 +258,16 @@ def test_a_config_keeps_its_problem_type_where_the_stream_is_rebuilt(run, option
     written = json.loads((Path(options["output_dir"]) / "model" / "config.json").read_text())
     assert (written["problem_type"], written["license"]) == ("multi_label_classification", "mit")
     assert (written["variant"], written["stream_layers"]) == ("final", ["stage2"])
+
+
+def test_a_model_folder_whose_weights_do_not_fit_is_refused(run, options, tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    prefixed = {f"module.{name}": value for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(prefixed, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"weights that do not fit its config.json") as error:
+        run(options | {"model": str(folder)})
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.fixture
