@@ -48,6 +48,8 @@ def explain(
     alpha: Annotated[float, typer.Option(min=0, max=1, help="Opacity of the overlays' colours.")] = 0.5,
 ):
     """Write what speaks for the most likely classes of photos: overlays, and a contact sheet of them all."""
+    # Before torch is imported: on a busy machine, threads that spin while they wait take the CPU from one another.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .explain import run
 
     status = run(
