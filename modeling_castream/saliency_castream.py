@@ -11,42 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
-from .cam_castream import (
-    attention_terms,
-    combine,
-    cosine_cam,
-    eigen_cam,
-    grad_cam,
-    grad_cam_plus_plus,
-    hires_cam,
-    layer_cam,
-    normalize_maps,
-    xgrad_cam,
-)
+from .cam_castream import normalize_maps
 from .configuration_castream import resolve_pooling
-from .features_castream import (
-    Features,
-    evaluating,
-    extract,
-    inner_map_gradients,
-    logit_direction,
-    pooled_direction,
-    pooled_map_gradients,
-)
-from .masking_castream import ablation_cam_weights, score_cam_weights
-
-_FROM_GRADIENTS = {
-    "grad_cam": grad_cam,
-    "cosine_cam": cosine_cam,
-    "grad_cam_plus_plus": grad_cam_plus_plus,
-    "hires_cam": hires_cam,
-    "layer_cam": layer_cam,
-    "xgrad_cam": xgrad_cam,
-}
-_EVIDENCE = {"evidence": "memory", "object": "constant"}  # the evidence block's query that a method shows
-METHODS = ("raw_attention", "attention_cam", *_FROM_GRADIENTS, "score_cam", "ablation_cam", "eigen_cam", *_EVIDENCE)
-_WITHOUT_RELU = ("raw_attention", "eigen_cam", *_EVIDENCE)
-_POOLED_LAYER_ONLY = ("attention_cam", "ablation_cam", *_EVIDENCE)
+from .features_castream import Features, evaluating, extract
+from .methods_castream import METHODS
 
 Target = int | str | Sequence[int | str] | torch.Tensor | None
 
@@ -163,36 +131,28 @@ def explain_features(
     model = features.model
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
+    chosen = METHODS[method]
     single = pooling is None or isinstance(pooling, str)
     poolings = [resolve_pooling(model.config, one) for one in ([pooling] if single else pooling)]
     index = resolve_layer(model.config, layer)
-    if method in _POOLED_LAYER_ONLY and index != len(features.feature_maps) - 1:
+    if chosen.pooled_layer_only and index != len(features.feature_maps) - 1:
         raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
-        if method in _EVIDENCE:
-            wanted = None if target is None else resolve_target(model.config, target, len(features.pixel_values))
-            saliency = _evidence(features, wanted, method)
-            maps = dict.fromkeys(poolings, saliency)  # it does not depend on how the features are pooled
-            return _deliver(maps, poolings, single, relu=bool(relu), normalize=normalize)
-        if target is None:
-            targets = {name: features.logits(name).argmax(-1) for name in poolings}
-        else:  # the logits, and the stream before them, are computed only where a method reads them
+        if target is not None:  # the logits, and the stream before them, are computed only where a method reads them
             ids = resolve_target(model.config, target, len(features.pixel_values)).to(features.pixel_values.device)
             targets = dict.fromkeys(poolings, ids)
-        if method == "score_cam":
-            masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
-            weights = score_cam_weights(features, targets, index, chunk_size=chunk_size, **masking)
-            maps = {name: combine(weights[name], features.feature_maps[index].float()) for name in poolings}
+        elif chosen.needs_target:
+            targets = {name: features.logits(name).argmax(-1) for name in poolings}
         else:
-            maps = {name: _raw_maps(features, targets[name], method, name, index, chunk_size) for name in poolings}
-    relu = method not in _WITHOUT_RELU if relu is None else relu
-    return _deliver(maps, poolings, single, relu, normalize)
-
-
-def _deliver(maps: dict[str, torch.Tensor], poolings: list[str], single: bool, relu: bool, normalize: bool):
-    """The finished maps by pooling, or that of the only one."""
+            targets = dict.fromkeys(poolings)
+        if chosen.masked_passes:
+            masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
+            maps = chosen.equation(features, targets, index, chunk_size=chunk_size, **masking)
+        else:
+            maps = {name: chosen.signed_maps(features, targets[name], name, index, chunk_size) for name in poolings}
+    relu = chosen.relu if relu is None else relu
     maps = {name: _finish(one, relu, normalize) for name, one in maps.items()}
     return maps[poolings[0]] if single else maps
 
@@ -264,61 +224,6 @@ def _class_id(config, entry: int | str) -> int:
         return operator.index(entry)
     except TypeError:
         raise ValueError(f"target must be a class id or a label of the model, got {entry!r}.") from None
-
-
-def _raw_maps(
-    features: Features, target: torch.Tensor, method: str, pooling: str, layer: int, chunk_size: int | None
-) -> torch.Tensor:
-    """Signed maps before ReLU and scaling: (batch_size, [num_targets,] height_l, width_l), float32."""
-    if target.ndim == 2:
-        maps = [_raw_maps(features, one, method, pooling, layer, chunk_size) for one in target.unbind(1)]
-        return torch.stack(maps, dim=1)
-    feature_map = features.feature_maps[layer].float()
-    pooled = layer == len(features.feature_maps) - 1
-    if method == "raw_attention":
-        return _attention(features, target, pooling, layer).mean(1)
-    if method == "attention_cam":
-        attention = _attention(features, target, pooling, layer) if pooling == "ca" else None
-        return attention_terms(logit_direction(features, target, pooling), feature_map, attention)
-    if method == "ablation_cam":
-        return combine(ablation_cam_weights(features, target, pooling, chunk_size=chunk_size), feature_map)
-    if method == "eigen_cam":
-        return eigen_cam(feature_map)
-    if pooled and method in ("grad_cam", "cosine_cam"):  # the mean of the gradient is enough, and has a closed form
-        mean = pooled_direction(features, target, pooling)[:, :, None, None] / feature_map[0, 0].numel()
-        return _FROM_GRADIENTS[method](feature_map, mean)
-    if pooled:
-        gradients = pooled_map_gradients(features, target, pooling)
-    else:
-        gradients = inner_map_gradients(features, target, pooling, layer)
-    return _FROM_GRADIENTS[method](feature_map, gradients)
-
-
-def _evidence(features: Features, target: torch.Tensor | None, method: str) -> torch.Tensor:
-    """An evidence block's map, (batch_size, [num_targets,] height, width), float32, summing to 1 over positions.
-
-    Raises:
-        ValueError: where the model has no such block.
-    """
-    model, query = features.model, _EVIDENCE[method]
-    if query not in (model.config.evidence_queries or ()):
-        raise ValueError(
-            f"method {method!r} needs a model with an evidence block (evidence_queries={query!r}): train one with "
-            "objective=mass_fidelity, or choose another method."
-        )
-    if target is not None and target.ndim == 2:
-        return torch.stack([_evidence(features, one, method) for one in target.unbind(1)], dim=1)
-    target = None if target is None else target.to(features.pixel_values.device)
-    scores = model.evidence_scores(query, features.evidence_features, features.cls_token, target)
-    return scores.flatten(1).softmax(-1).view_as(scores).float()
-
-
-def _attention(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
-    """A block's attention (batch_size, num_heads, height_l, width_l), float32; the target's if class-specific."""
-    attention = features.pool("ca").attention_maps[layer].float()  # the same under either pooling
-    if features.model.config.query == "class_specific":
-        return attention[torch.arange(len(target), device=target.device), target][:, None]
-    return attention
 
 
 def _finish(maps: torch.Tensor, relu: bool, normalize: bool) -> torch.Tensor:
