@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-METHODS = {"attention_cam": "Attention-CAM", "grad_cam": "Grad-CAM", "grad_cam_plus_plus": "Grad-CAM++"}
+SHOWN_METHODS = ["attention_cam", "grad_cam", "grad_cam_plus_plus"]
 POOLINGS = {"gap": "GAP", "ca": "CA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += tuple({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))  # phones', where Pillow can
@@ -121,11 +121,17 @@ class Explainer:
 
     def explain(self, photo: Image.Image, class_id: int) -> Explanation:
         """All maps for one class, which its label need not name alone."""
-        answers = self.pipe(photo, method=list(METHODS), pooling=list(POOLINGS), target=class_id)
+        answers = self.pipe(photo, method=SHOWN_METHODS, pooling=list(POOLINGS), target=class_id)
         attention = self.pipe(photo, method="raw_attention", layer="all", pooling="ca", target=class_id)
         after = self._probabilities_of_masked(photo, answers, class_id)
         maps = [
-            Map(METHODS[answer["method"]], answer["pooling"], _to_bytes(answer["saliency"]), answer["score"], left)
+            Map(
+                self.pipe.methods[answer["method"]].title,
+                answer["pooling"],
+                _to_bytes(answer["saliency"]),
+                answer["score"],
+                left,
+            )
             for answer, left in zip(answers, after, strict=True)
         ]
         depths = [Map(answer["layer"], "ca", _to_bytes(answer["saliency"])) for answer in attention]

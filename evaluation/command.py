@@ -67,7 +67,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSettings) -> None:
     """Which rows and columns the table has."""
-    from modeling_castream.saliency_castream import METHODS
+    from modeling_castream.methods_castream import METHODS
 
     add = parser.add_argument
     add(

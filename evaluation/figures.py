@@ -22,18 +22,7 @@ LINE_MARKERS = ("o", "s", "^")
 MASK_COLOUR = "#39d5ff"
 # Okabe and Ito's colours, which stay apart with any colour vision
 LINE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-METHOD_TITLES = {
-    "raw_attention": "attention",
-    "attention_cam": "attention CAM",
-    "cosine_cam": "cosine CAM",
-    "grad_cam": "Grad-CAM",
-    "grad_cam_plus_plus": "Grad-CAM++",
-    "score_cam": "Score-CAM",
-    "hires_cam": "HiResCAM",
-    "layer_cam": "LayerCAM",
-    "xgrad_cam": "XGrad-CAM",
-    "ablation_cam": "Ablation-CAM",
-    "eigen_cam": "Eigen-CAM",
+BASELINE_TITLES = {
     "random_map": "random map",
     "center_gaussian": "centred Gaussian",
     "uniform_map": "uniform map",
@@ -130,6 +119,13 @@ def _draw_row(axes: Sequence, row: ExampleRow) -> None:
     axes[0].set_ylabel(row.title, fontsize=8, rotation=0, ha="right", va="center", labelpad=6)
 
 
+def _title(method: str) -> str:
+    """Of a method of `explain`, or of a map that no model made."""
+    from modeling_castream.methods_castream import METHODS  # importing the model's code takes seconds
+
+    return METHODS[method].title if method in METHODS else BASELINE_TITLES.get(method, method)
+
+
 def example_columns(methods: Sequence[str], poolings: Sequence[str]) -> list[tuple[str, str, str]]:
     """(title, method, pooling) of the paper's figure: raw attention once, then GAP | CA for each other method."""
     attention = "raw_attention" in methods or "ca" in poolings
@@ -137,7 +133,7 @@ def example_columns(methods: Sequence[str], poolings: Sequence[str]) -> list[tup
     columns = [(f"attention\n({pooling.upper()})", "raw_attention", pooling)] if attention else []
     for method in methods:
         if method != "raw_attention":
-            columns += [(f"{METHOD_TITLES.get(method, method)}\n({name.upper()})", method, name) for name in poolings]
+            columns += [(f"{_title(method)}\n({name.upper()})", method, name) for name in poolings]
     return columns
 
 
@@ -152,9 +148,7 @@ def write_report_examples(path: str | Path, report, columns: Sequence[tuple[str,
     titled = example_columns(settings.methods, settings.poolings)
     if columns is not None:
         titles = {(method, pooling): title for title, method, pooling in titled}
-        titled = [
-            (titles.get(key, f"{METHOD_TITLES.get(key[0], key[0])}\n({key[1].upper()})"), *key) for key in columns
-        ]
+        titled = [(titles.get(key, f"{_title(key[0])}\n({key[1].upper()})"), *key) for key in columns]
     rows = [
         ExampleRow(
             str(arrays["title"]),
@@ -206,10 +200,7 @@ def _legend(methods: Sequence[str], poolings: Sequence[str]) -> list:
     """A coloured line a method, then what solid and dashed mean."""
     from matplotlib.lines import Line2D
 
-    handles = [
-        Line2D([], [], label=METHOD_TITLES.get(method, method), **_line(number))
-        for number, method in enumerate(methods)
-    ]
+    handles = [Line2D([], [], label=_title(method), **_line(number)) for number, method in enumerate(methods)]
     return handles + [
         Line2D([], [], color="#444444", linewidth=1.6, linestyle=POOLING_LINES[name], label=f"under {name.upper()}")
         for name in poolings

@@ -55,7 +55,7 @@ class EvaluationSettings:
     num_examples: int = 8
 
     def __post_init__(self):
-        from modeling_castream.saliency_castream import METHODS  # importing the model's code takes seconds
+        from modeling_castream.methods_castream import METHODS  # importing the model's code takes seconds
 
         for name, allowed in (
             ("methods", tuple(METHODS)),
@@ -87,7 +87,10 @@ class EvaluationSettings:
     def block_size(self) -> int:
         """Images evaluated together: a forward pass's, but an eighth of these where each takes a pass a channel, so
         that progress is shown and kept every few minutes. Their masked images fill the forward passes all the same."""
-        return max(1, self.batch_size // 8) if "score_cam" in self.methods else self.batch_size
+        from modeling_castream.methods_castream import METHODS
+
+        masked = any(METHODS[method].masked_passes for method in self.methods)
+        return max(1, self.batch_size // 8) if masked else self.batch_size
 
     @property
     def localization_metrics(self) -> list[str]:

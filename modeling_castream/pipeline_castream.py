@@ -44,6 +44,7 @@ class ImageExplanationPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = False
     color_map = staticmethod(color_map)
+    methods = METHODS
     decode_image = staticmethod(decode_image)
 
     def __init__(self, *args, **kwargs):

@@ -8,7 +8,7 @@ import pytest
 from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation import report as report_module
 from castream.evaluation.figures import (
-    METHOD_TITLES,
+    BASELINE_TITLES,
     ExampleRow,
     _legend,
     example_columns,
@@ -26,6 +26,7 @@ from PIL import Image
 from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
 from modeling_castream import CAStreamConfig, explain
+from modeling_castream.methods_castream import METHODS
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 
 SETTINGS = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
@@ -191,9 +192,9 @@ def test_raw_attention_is_in_the_picture_without_being_evaluated(tmp_path):
 
 
 def test_curves_of_many_methods_look_different():
-    methods = [*METHOD_TITLES]
+    methods = [*METHODS, *BASELINE_TITLES]
     looks = {(line.get_color(), line.get_marker()) for line in _legend(methods, ())}
-    assert len(looks) == len(methods) == 14
+    assert len(looks) == len(methods) == 16
     titles = [line.get_label() for line in _legend(["grad_cam"], ("gap", "ca"))]
     assert titles == ["Grad-CAM", "under GAP", "under CA"]
 

@@ -2,14 +2,17 @@
 
 import gc
 import warnings
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import BatchFeature, Dinov2Config, SwinConfig
+from transformers import BatchFeature, BitImageProcessor, Dinov2Config, SwinConfig
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, methods_castream
 from modeling_castream.masking_castream import ablation_cam_weights
+from modeling_castream.methods_castream import Method
 from modeling_castream.saliency_castream import empty_maps, explain_features, extract
 from tests.modeling_castream.tiny import METHODS, tiny_model, tiny_resnet
 
@@ -544,3 +547,39 @@ def test_score_cam_of_several_labels_takes_each_labels_own_probability():
         model.classifier.weight[1] *= 10
     torch.testing.assert_close(explain(model, pixel_values, target=0, method="score_cam"), before)
     assert before.max() > 0.9
+
+
+def test_a_method_is_added_in_one_place(monkeypatch):
+    """An entry of METHODS is all that `explain` and the pipeline need."""
+    model, pixel_values = MODELS["resnet"](), pixels()
+    raw = {"normalize": False, "upsample": False, "relu": False}
+    entry = Method("Brightness", lambda features, *_: features.pixel_values.mean(1), pooled_layer_only=True)
+    monkeypatch.setitem(methods_castream.METHODS, "brightness", entry)
+    torch.testing.assert_close(explain(model, pixel_values, TARGET, "brightness", **raw), pixel_values.mean(1))
+    with pytest.raises(ValueError, match="'brightness' explains the pooled feature map only"):
+        explain(model, pixel_values, TARGET, "brightness", layer=0)
+    processor = BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
+    [answer] = model.explainer(processor)(np.zeros((64, 64), np.uint8), method="brightness", top_k=1)
+    assert answer["method"] == "brightness" and not answer["saliency"].any()
+
+
+def test_a_method_gets_the_gradients_that_it_asks_for(monkeypatch):
+    model, pixel_values = MODELS["resnet"](), pixels()
+    found = {}
+    for needed in ("mean", "full"):
+        entry = Method("Gradients", lambda feature_map, gradients: gradients.sum(1), gradients=needed)
+        monkeypatch.setitem(methods_castream.METHODS, "gradients", entry)
+        found[needed] = explain(model, pixel_values, TARGET, "gradients", relu=False, normalize=False, upsample=False)
+    torch.testing.assert_close(found["mean"], found["full"].mean((1, 2), keepdim=True))
+    assert found["full"].std() > 0
+
+
+def test_a_class_agnostic_map_is_computed_once_for_all_targets(monkeypatch):
+    calls, eigen_cam = [], methods_castream.METHODS["eigen_cam"]
+    entry = replace(eigen_cam, equation=lambda *given: calls.append(given) or eigen_cam.equation(*given))
+    monkeypatch.setitem(methods_castream.METHODS, "eigen_cam", entry)
+    features = extract(MODELS["resnet"](), pixels())
+    maps = explain_features(features, torch.arange(4).expand(3, 4), "eigen_cam")
+    assert maps.shape[:2] == (3, 4) and len(calls) == 1
+    for index in range(4):
+        assert torch.equal(maps[:, index], explain_features(features, TARGET, "eigen_cam"))
