@@ -267,7 +267,10 @@ def _label(
         chosen, columns, notes = [row["image"] for row in rows], found.columns, found.notes
     else:
         chosen, columns = list(inner), {"image": [tree.path(path) for path in inner]}
-    return _label_by_folders(chosen, [inner[path] for path in chosen], columns, notes, root)
+    found = _label_by_folders(chosen, [inner[path] for path in chosen], columns, notes, root)
+    if rows and found.unlabelled:
+        found.unlabelled = f"{tables[0]} has no label column"
+    return found
 
 
 def _label_by_folders(

@@ -240,6 +240,13 @@ def test_a_table_without_labels_leaves_them_to_the_folders(tmp_path):
     assert labels(open_split(str(tmp_path), "train")) == {"1.jpg": "cat", "2.jpg": "dog"}
 
 
+def test_a_table_of_masks_alone_is_the_reason(tmp_path):
+    write(tmp_path, "test/1.jpg", "test/masks/1.png")
+    (tmp_path / "test" / "metadata.csv").write_text("file_name,mask_file_name\n1.jpg,masks/1.png\n")
+    split = open_split(str(tmp_path), "test")
+    assert split.has_masks and split.num_rows == 1 and split.unlabelled == "test/metadata.csv has no label column"
+
+
 def test_a_table_in_the_root_is_for_all_splits(tmp_path):
     write(tmp_path, "train/1.jpg", "train/2.jpg", "test/3.jpg")
     (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/1.jpg,cat\ntrain/2.jpg,dog\ntest/3.jpg,cat\n")
