@@ -155,7 +155,7 @@ def plain_head(state: dict[str, torch.Tensor], classifier: str, checkpoint: str 
     if len(head) > 1:
         raise ValueError(
             f"{checkpoint} has a head of several layers ({', '.join(head)}), and a file does not tell what lies "
-            "between them: convert the model in memory with convert_classifier(model)."
+            "between them: heads of dropout and one linear layer convert."
         )
     prefix = head[0].removesuffix("weight")
     return {re.sub(rf"^{re.escape(prefix)}", f"{classifier}.", key): value for key, value in state.items()}

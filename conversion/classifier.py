@@ -4,7 +4,8 @@ from pathlib import Path
 
 from castream.artifacts.files import check_free, new_folder
 from PIL import Image
-from transformers import BaseImageProcessor
+from torch import nn
+from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
@@ -12,9 +13,9 @@ from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
 from .preprocessing import labels as name_labels
 from .source import Source
-from .timm_sources import load_efficientnet_lite0, load_timm
+from .timm_sources import describe, describe_wrapper, load_efficientnet_lite0, load_timm
 from .torchvision_families import load_torchvision
-from .transformers_families import load_transformers
+from .transformers_families import describe_transformers, load_transformers
 
 _LABEL_FIELDS = ("num_labels", "id2label", "label2id")
 
@@ -81,9 +82,23 @@ def convert(
     return model, renamed
 
 
+def _describe_model(model: nn.Module, image_processor: BaseImageProcessor | None) -> Source:
+    """Describe a classifier in memory: of timm, or of transformers with its image processor."""
+    if isinstance(model, TimmWrapperForImageClassification):
+        return describe_wrapper(model.eval(), "the model")
+    if isinstance(model, PreTrainedModel):
+        if image_processor is None:
+            raise ValueError("image_processor is missing: give the one that goes with the model.")
+        return describe_transformers(model.eval(), image_processor)
+    if hasattr(model, "forward_features") and hasattr(model, "pretrained_cfg"):
+        return describe(model.eval(), {}, "the model")
+    raise ValueError(f"a model of class {type(model).__name__} can't be converted: timm's and transformers' can.")
+
+
 def convert_classifier(
-    source: str,
+    source: str | nn.Module,
     *,
+    image_processor: BaseImageProcessor | None = None,
     checkpoint: str | None = None,
     variant: str = "stream",
     init: str = "gap",
@@ -92,7 +107,10 @@ def convert_classifier(
     """Convert a pretrained classifier and prove that `pooling="gap"` gives its logits.
 
     Args:
-        source, checkpoint: see `load_source`.
+        source: as in `load_source`, or a classifier of timm or transformers in memory, whose preprocessing is that of
+            timm's `pretrained_cfg` or of `image_processor`.
+        image_processor: of a transformers model in memory.
+        checkpoint: see `load_source`.
         variant, init, num_attention_heads: see CAStreamConfig.
 
     Returns:
@@ -101,7 +119,10 @@ def convert_classifier(
     Raises:
         ValueError: on a source that is not supported or can't be read, or a conversion that is not exact.
     """
-    loaded = load_source(source, checkpoint)
+    if isinstance(source, nn.Module):
+        loaded = _describe_model(source, image_processor)
+    else:
+        loaded = load_source(source, checkpoint)
     model, renamed = convert(loaded, variant=variant, init=init, num_attention_heads=num_attention_heads)
     check_parity(loaded, model, loaded.image_processor, renamed)
     return model, loaded.image_processor

@@ -156,7 +156,16 @@ def load_transformers(source: str) -> Source:
     model = _load_model(source)
     if model.config.model_type == "timm_wrapper":
         return describe_wrapper(model, source)
-    image_processor = _load_processor(source)
+    return describe_transformers(model, _load_processor(source))
+
+
+def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
+    """Describe a transformers classifier in memory, with its image processor.
+
+    Raises:
+        ValueError: on a type that does not average a feature map.
+    """
+    _check_family("the model", model.config)
     layers, rules = FAMILIES.get(model.config.model_type, (_whole_classifier, None))
     backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
     if rules is None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
+from castream.conversion import convert_classifier
 from castream.conversion.checkpoint import read_checkpoint
 from castream.conversion.classifier import load_source
 from castream.conversion.command import main
+from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
 NAME = "resnet10t"
 
@@ -116,5 +118,20 @@ def test_heads(network, tmp_path):
     torch.save(behind_dropout, tmp_path / "dropout.pth")
     assert torch.equal(weights(tmp_path / "dropout.pth")["fc.weight"], state["fc.weight"])
     torch.save({**behind_dropout, "fc.4.weight": torch.zeros(5, 5)}, tmp_path / "mlp.pth")
-    with pytest.raises(ValueError, match=r"head of several layers \(fc\.1\.weight, fc\.4\.weight\).*in memory"):
+    with pytest.raises(
+        ValueError, match=r"head of several layers \(fc\.1\.weight, fc\.4\.weight\).*one linear layer convert"
+    ):
         weights(tmp_path / "mlp.pth")
+
+
+def test_a_model_in_memory(network):
+    model, processor = convert_classifier(network)
+    assert torch.equal(model.classifier.weight, network.fc.weight) and processor.crop_size.height == 176
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", num_labels=4)
+    resnet = ResNetForImageClassification(config)
+    model, _ = convert_classifier(resnet, image_processor=ConvNextImageProcessor(size={"shortest_edge": 64}))
+    assert torch.equal(model.classifier.weight, resnet.classifier[1].weight) and model.config.num_labels == 4
+    with pytest.raises(ValueError, match="image_processor is missing"):
+        convert_classifier(resnet)
+    with pytest.raises(ValueError, match="model of class Linear"):
+        convert_classifier(torch.nn.Linear(2, 2))
