@@ -73,7 +73,7 @@ def main() -> None:
     for name, values in zip(("classes", "everything"), zip(*seconds, strict=True), strict=True):
         middle, largest = statistics.median(values), max(values)
         print(f"{name:<12} median {middle:.2f} s, largest {largest:.2f} s of {len(values)} images")
-    print(f"processor    {processor:.2f} s an image; {options.threads} threads, load average {load:.1f}")
+    print(f"processor    {processor:.2f} s per image; {options.threads} threads, load average {load:.1f}")
 
 
 if __name__ == "__main__":

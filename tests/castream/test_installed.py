@@ -96,6 +96,11 @@ def test_evaluate_and_publish(installed, model):
     assert "Loaded in a fresh process without castream; largest difference 0.0e+00." in said
     folders = {"lite0-publication": "modeling_castream.py", "lite0-publication-space": "page.css"}
     assert all((installed.folder / folder / file).is_file() for folder, file in folders.items())
+    photo = "photos/test/1.jpg"
+    again = [
+        installed.run("explain", photo, "--model", source).splitlines()[1:4] for source in (model, "lite0-publication")
+    ]
+    assert again[0] == again[1]  # what was published comes back as the same classifier
 
 
 def test_train_knows_its_recipes(installed):
