@@ -173,7 +173,7 @@ def write_curves(path: str | Path, report) -> None:
     figure = Figure(figsize=(5.2 * len(names), 3.6 + 0.2 * lines), dpi=130, layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axis, name in zip(axes, names, strict=True):
-        for method, pooling, curve in mean_curves(report.part.table, name):
+        for method, pooling, curve in mean_curves(report.part, name):
             share = np.linspace(0, 100, len(curve))
             axis.plot(share, 100 * curve, POOLING_LINES[pooling], **_line(methods.index(method)))
         better = "higher is better" if name == "insertion" else "lower is better"
@@ -207,22 +207,29 @@ def _legend(methods: Sequence[str], poolings: Sequence[str]) -> list:
     ]
 
 
-def mean_curves(table, name: str) -> list[tuple[str, str, np.ndarray]]:
-    """(method, pooling, mean curve) of the plain rows of a per-image table.
+def mean_curves(part, name: str) -> list[tuple[str, str, np.ndarray]]:
+    """(method, pooling, mean curve) of the plain rows of a per-image table, read a few thousand rows at a time.
 
     Images of several sizes have curves of several lengths: the shorter ones are read at the points of the longest.
+
+    Args:
+        part: a `Part` or `SavedPart`.
     """
-    plain = table.select(["method", "pooling", "control", f"{name}_curve"]).filter(pc.field("control") == "")
-    frame = plain.drop(["control", f"{name}_curve"]).to_pandas()
-    groups = frame.groupby(["method", "pooling"], sort=False).indices
+    sums = {}  # (method, pooling) -> length -> (sum of the curves, their number)
+    for batch in part.batches(["method", "pooling", "control", f"{name}_curve"]):
+        plain = batch.filter(pc.field("control") == "")
+        keys = list(zip(plain.column(0).to_pylist(), plain.column(1).to_pylist(), strict=True))
+        lengths = pc.list_value_length(plain.column(3)).to_numpy(zero_copy_only=False)
+        for key in dict.fromkeys(keys):
+            own = np.array([other == key for other in keys])
+            for length in np.unique(lengths[own]):
+                curves = plain.column(3).filter(pa.array(own & (lengths == length))).flatten()
+                total, count = sums.setdefault(key, {}).get(length, (np.zeros(length), 0))
+                curves = curves.to_numpy().reshape(-1, length)
+                sums[key][length] = total + curves.sum(0, dtype=np.float64), count + len(curves)
     means = []
-    for method, pooling in dict.fromkeys(frame.itertuples(index=False, name=None)):
-        curves = plain.column(f"{name}_curve").take(groups[method, pooling]).combine_chunks()
-        lengths = pc.list_value_length(curves).to_numpy(zero_copy_only=False)
-        points = np.linspace(0, 1, lengths.max())
-        total = np.zeros(len(points))
-        for length in np.unique(lengths):
-            same = curves.filter(pa.array(lengths == length)).flatten().to_numpy().reshape(-1, length)
-            total += np.interp(points, np.linspace(0, 1, length), same.mean(0, dtype=np.float64)) * len(same)
-        means.append((method, pooling, total / len(lengths)))
+    for (method, pooling), by_length in sums.items():
+        points = np.linspace(0, 1, max(by_length))
+        total = sum(np.interp(points, np.linspace(0, 1, length), curve) for length, (curve, _) in by_length.items())
+        means.append((method, pooling, total / sum(count for _, count in by_length.values())))
     return means

@@ -18,10 +18,11 @@ from .controls import confidences, fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .figures import WRONG
 from .published import published_rows
-from .report import Report, summarize
+from .report import Report
 from .scorer import Scorer
 from .settings import EvaluationSettings
-from .store import Part, Store, fingerprint_processor
+from .store import Part, SavedPart, Store, fingerprint_processor
+from .summary import summarize
 
 SECONDS_PER_PART = 30
 MAX_SKIPPED_SHARE = 0.01
@@ -109,8 +110,9 @@ class _Run:
     def __init__(self, model, preprocessor, examples: Examples, settings, accelerator, store: Store | None):
         self.model, self.preprocessor, self.examples = model, preprocessor, examples
         self.settings, self.accelerator, self.store = settings, accelerator, store
-        self.finished = store.read() if store is not None else Part.merge([])
-        self.known = set(_indices(self.finished))
+        finished = store.parts() if store is not None else []
+        self.done = {number for part in finished for number in part.blocks}
+        self.known = set(_indices(finished))
         self.read = 0  # rows of the dataset, of all processes
         self.kept = {}  # examples for the picture, where there is no folder
         accelerator.wait_for_everyone()  # nobody writes a part before all have read the same ones
@@ -119,10 +121,7 @@ class _Run:
         """Evaluate what is missing, gather, and summarise."""
         temperature = self._temperature() if "temperature" in self.settings.controls else None
         scorer = self._scorer(temperature)
-        parts = self._evaluate(scorer)
-        gathered = gather_object([Part.merge(parts)])
-        part = Part.merge([self.finished, *gathered])
-        self._check(part)
+        part = self._gather(self._evaluate(scorer))
         context = {
             "model": model_name,
             "dataset": self.examples.name,
@@ -136,6 +135,20 @@ class _Run:
         return Report(
             self.settings, part, results, self._examples(), published_rows(self.model.config, self.examples.name)
         )
+
+    def _gather(self, parts: list[Part]) -> Part | SavedPart:
+        """The table of all processes, whose images were all counted once; on disk where there is a folder."""
+        if self.store is None:
+            gathered = gather_object([Part.merge(parts)])
+            self._check(gathered)
+            return Part.merge(gathered)
+        self.accelerator.wait_for_everyone()
+        self._check(self.store.parts())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.store.merge()
+        self.accelerator.wait_for_everyone()
+        return self.store.read()
 
     def write(self, report: Report) -> None:
         """Write the report, then remove the parts it was made of; by one process, while the others wait."""
@@ -201,17 +214,16 @@ class _Run:
             )
 
     def _evaluate(self, scorer: Scorer) -> list[Part]:
-        """Evaluate this process's missing blocks, keeping a part on disk every half a minute."""
-        parts, unwritten, last = [], [], time.monotonic()
-        for block in self._blocks("evaluating", set(self.finished.blocks)):
-            part = self._evaluate_block(scorer, block)
-            parts.append(part)
-            unwritten.append(part)
+        """Evaluate this process's missing blocks; with a folder a part goes there every half a minute, and none stays
+        in memory."""
+        parts, last = [], time.monotonic()
+        for block in self._blocks("evaluating", self.done):
+            parts.append(self._evaluate_block(scorer, block))
             if self.store is not None and time.monotonic() - last > SECONDS_PER_PART:
-                self.store.write_part(Part.merge(unwritten))
-                unwritten, last = [], time.monotonic()
-        if self.store is not None and unwritten:
-            self.store.write_part(Part.merge(unwritten))
+                self.store.write_part(Part.merge(parts))
+                parts, last = [], time.monotonic()
+        if self.store is not None and parts:
+            self.store.write_part(Part.merge(parts))
         return parts
 
     def _evaluate_block(self, scorer: Scorer, block: Block) -> Part:
@@ -266,16 +278,17 @@ class _Run:
         gathered = gather_object([self.kept])
         return {index: arrays for kept in gathered for index, arrays in kept.items()}
 
-    def _check(self, part: Part) -> None:
+    def _check(self, parts: list[Part] | list[SavedPart]) -> None:
         """Every image once, and not too many left out."""
-        indices = _indices(part)
-        if self.read < len(indices) and self.finished.blocks:
+        indices = _indices(parts)
+        if self.read < len(indices) and self.done:
             raise ValueError(f"{self.examples.name} has shrunk since this output_dir was begun: choose another folder.")
-        if len(part.blocks) != len(set(part.blocks)) or sorted(indices) != list(range(self.read)):
+        blocks = [number for part in parts for number in part.blocks]
+        if len(blocks) != len(set(blocks)) or sorted(indices) != list(range(self.read)):
             raise RuntimeError(f"images were not counted exactly once: {len(indices)} of {self.read} were.")
         if not indices:
             raise ValueError(f"examples of {self.examples.name} holds no image: check the split.")
-        self._check_skipped(part.skipped, len(indices))
+        self._check_skipped([entry for part in parts for entry in part.skipped], len(indices))
 
     def _temperature(self) -> float:
         """The temperature at which GAP's mean confidence is CA's, from one more pass over the images."""
@@ -315,9 +328,11 @@ class _Run:
         return fit_temperature(at_temperature, mean_over_all(confidence))
 
 
-def _indices(part: Part) -> list[int]:
-    """Images that a part holds or has skipped."""
-    return part.table.column("index").unique().to_pylist() + [entry["index"] for entry in part.skipped]
+def _indices(parts: list[Part] | list[SavedPart]) -> list[int]:
+    """Images that parts hold or have skipped."""
+    return [
+        index for part in parts for index in (*part.indices().tolist(), *(entry["index"] for entry in part.skipped))
+    ]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,8 @@ from castream.artifacts.files import new_file, read_json, write_json
 from .settings import METRICS
 
 METADATA_KEY = b"castream"
+ROWS_PER_GROUP = 2**13  # of a parquet file: what is in memory at a time where rows are read one after the other
+IMAGES_PER_MERGE = 1024
 TABLE_NAME = "per_image.parquet"
 
 SCHEMA = pa.schema(
@@ -78,15 +81,79 @@ class Part:
 
     def write(self, path: Path) -> None:
         """Write a parquet file."""
-        metadata = json.dumps({"blocks": self.blocks, "skipped": self.skipped})
-        pq.write_table(self.table.replace_schema_metadata({METADATA_KEY: metadata}), path)
+        with pq.ParquetWriter(path, _schema(self.blocks, self.skipped)) as writer:
+            writer.write_table(self.table.cast(writer.schema), row_group_size=ROWS_PER_GROUP)
 
-    @classmethod
-    def read(cls, path: Path) -> "Part":
-        """Read what `write` wrote."""
-        table = pq.read_table(path)
-        metadata = json.loads(table.schema.metadata[METADATA_KEY])
-        return cls(table.replace_schema_metadata(None), metadata["blocks"], metadata["skipped"])
+    def batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns, a few thousand rows at a time."""
+        yield from self.table.select(names).to_batches(max_chunksize=ROWS_PER_GROUP)
+
+    def table_of(self, names: list[str]) -> pa.Table:
+        """Some columns."""
+        return self.table.select(names)
+
+    def indices(self) -> np.ndarray:
+        """Images that the part holds, in order."""
+        return np.unique(self.table.column("index").to_numpy())
+
+
+@dataclass
+class SavedPart:
+    """A part on disk: the table is read when it is asked for, by columns where that is all that is needed.
+
+    Args:
+        path: what `Part.write` or `merge_files` wrote.
+    """
+
+    path: Path
+
+    def __post_init__(self):
+        metadata = json.loads(pq.read_schema(self.path).metadata[METADATA_KEY])
+        self.blocks, self.skipped = metadata["blocks"], metadata["skipped"]
+
+    @property
+    def table(self) -> pa.Table:
+        """The rows, in SCHEMA; columns that an earlier version did not know are null."""
+        table = pq.read_table(self.path).replace_schema_metadata(None)
+        return pa.concat_tables([SCHEMA.empty_table(), table], promote_options="default")
+
+    def batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
+        """Some columns, a few thousand rows at a time."""
+        with pq.ParquetFile(self.path) as file:
+            yield from file.iter_batches(ROWS_PER_GROUP, columns=names)
+
+    def table_of(self, names: list[str]) -> pa.Table:
+        """Some columns."""
+        missing = [name for name in names if name not in pq.read_schema(self.path).names]
+        return self.table.select(names) if missing else pq.read_table(self.path, columns=names)
+
+    def indices(self) -> np.ndarray:
+        """Images that the part holds, in order."""
+        found = [np.unique(batch.column(0).to_numpy()) for batch in self.batches(["index"])]
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+
+def merge_files(parts: list[SavedPart], path: Path) -> None:
+    """Write parts as one file, ordered by image, with a few thousand images in memory at a time; the rows of an image
+    keep their order."""
+    blocks = sorted(chain.from_iterable(part.blocks for part in parts))
+    skipped = sorted(chain.from_iterable(part.skipped for part in parts), key=lambda entry: entry["index"])
+    ranges = [(indices.min(), indices.max()) if len(indices := part.indices()) else (0, -1) for part in parts]
+    last = max((high for _, high in ranges), default=-1)
+    with pq.ParquetWriter(path, _schema(blocks, skipped)) as writer:
+        for first in range(0, last + 1, IMAGES_PER_MERGE):
+            end = first + IMAGES_PER_MERGE
+            window = [("index", ">=", first), ("index", "<", end)]
+            touched = [
+                part.path for part, (low, high) in zip(parts, ranges, strict=True) if low < end and high >= first
+            ]
+            tables = [pq.read_table(path, filters=window).replace_schema_metadata(None) for path in touched]
+            merged = Part.merge([Part(table) for table in tables]).table
+            writer.write_table(merged.cast(writer.schema), row_group_size=ROWS_PER_GROUP)
+
+
+def _schema(blocks: list[int], skipped: list[dict]) -> pa.Schema:
+    return SCHEMA.with_metadata({METADATA_KEY: json.dumps({"blocks": blocks, "skipped": skipped})})
 
 
 def fingerprint_processor(image_processor) -> str:
@@ -138,11 +205,25 @@ class Store:
                 "choose another folder or delete it."
             )
 
-    def read(self) -> Part:
-        """All that earlier runs finished."""
-        finished = self.folder / TABLE_NAME
-        paths = [finished] if finished.exists() else sorted(self.partial.glob("part-*.parquet"))
-        return Part.merge([Part.read(path) for path in paths])
+    def parts(self) -> list[SavedPart]:
+        """All that is finished: the table, where there is one, and what is not in it yet."""
+        parts, known = [], set()
+        for path in (self.folder / TABLE_NAME, *sorted(self.partial.glob("part-*.parquet"))):
+            if path.exists() and not known.issuperset((part := SavedPart(path)).blocks):
+                parts.append(part)
+                known.update(part.blocks)
+        return parts
+
+    def merge(self) -> None:
+        """Write all parts as one table; by one process."""
+        table, parts = self.folder / TABLE_NAME, self.parts()
+        if [part.path for part in parts] != [table]:
+            with new_file(table) as partial:
+                merge_files(parts, partial)
+
+    def read(self) -> SavedPart:
+        """The table that `merge` wrote."""
+        return SavedPart(self.folder / TABLE_NAME)
 
     def write_part(self, part: Part) -> None:
         """Add a part; its name is that of its first block, which no other process has."""

@@ -6,7 +6,6 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 from castream.evaluation import EvaluationSettings, evaluate_saliency
-from castream.evaluation import report as report_module
 from castream.evaluation.figures import (
     BASELINE_TITLES,
     ExampleRow,
@@ -20,8 +19,8 @@ from castream.evaluation.figures import (
 from castream.evaluation.intervals import mean_interval, paired_interval
 from castream.evaluation.markdown import to_markdown
 from castream.evaluation.published import published_rows
-from castream.evaluation.report import summarize
 from castream.evaluation.store import SCHEMA, Part
+from castream.evaluation.summary import summarize
 from PIL import Image
 from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
@@ -79,7 +78,7 @@ def test_intervals_are_the_same_however_many_are_computed_at_once(monkeypatch):
         for index in range(3)
     ]
     together = summary(rows, settings)
-    monkeypatch.setattr(report_module, "MAX_HELD", 0)
+    monkeypatch.setattr("castream.evaluation.summary.MAX_HELD", 0)
     alone = summary(rows, settings)
     for one, other in zip(
         alone["rows"] + alone["ca_minus_gap"], together["rows"] + together["ca_minus_gap"], strict=True
@@ -241,7 +240,7 @@ def test_maps_are_drawn_where_they_are(tmp_path):
 
 
 def test_mean_curves_are_means_over_images(report):
-    curves = {(method, pooling): curve for method, pooling, curve in mean_curves(report.part.table, "insertion")}
+    curves = {(method, pooling): curve for method, pooling, curve in mean_curves(report.part, "insertion")}
     frame = report.per_image.query("method == 'grad_cam' and pooling == 'ca'")
     np.testing.assert_allclose(curves["grad_cam", "ca"], np.mean(frame["insertion_curve"].tolist(), axis=0))
     assert len(curves) == 4
@@ -260,6 +259,6 @@ def test_mean_curves_of_images_of_several_sizes():
         },
         {"index": 0, "method": "grad_cam", "pooling": "gap", "control": "map_only", "insertion_curve": [9.0, 9.0]},
     ]
-    ((method, pooling, curve),) = mean_curves(pa.Table.from_pylist(rows, schema=SCHEMA), "insertion")
+    ((method, pooling, curve),) = mean_curves(Part(pa.Table.from_pylist(rows, schema=SCHEMA)), "insertion")
     assert (method, pooling) == ("grad_cam", "gap")
     np.testing.assert_allclose(curve, [0.5, 0.625, 0.25, 0.375, 0.5])
