@@ -4,10 +4,14 @@ In eval mode a batch norm is a scale and a shift per channel, so that the convol
 
     BN(W * x + b) = (s W) * x + s (b - mean) + shift,    s = weight / sqrt(var + eps)
 
-The copy is made once per backbone and made again when a weight of the original changes.
+The copy is made once per backbone and made again when a weight of the original changes. Within `folding()` a model's
+`extract_features` runs it, unless something asks for a gradient through the backbone.
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -18,8 +22,47 @@ from torch.nn.utils import fuse_conv_bn_weights
 _TOLERANCE = 1e-4  # of the largest value that comes out: rounding stays far below, a wrong pair far above
 _CONVOLUTIONS = ("Conv2d", "Conv2dSame")  # torch's, and timm's that pads as TensorFlow does
 
+_wanted: ContextVar[bool] = ContextVar("castream_folding", default=False)
 # Backbone -> (its weights' state, its folded copy or None).
 _folded: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module | None]] = WeakKeyDictionary()
+
+
+@contextmanager
+def folding() -> Iterator[None]:
+    """Feature maps from folded copies, for what looks at a network and does not change it."""
+    token = _wanted.set(True)
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def inference_backbone(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module:
+    """The backbone to run: its folded copy within `folding()`, where there is one and no gradient is asked for."""
+    if not _wanted.get() or backbone.training or torch.is_grad_enabled():
+        return backbone
+    if torch.compiler.is_compiling() or backbone._compiled_call_impl is not None:  # a compiler folds by itself
+        return backbone
+    state = _state(backbone)
+    known = _folded.get(backbone)
+    if known is None or known[0] != state:
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            twin = fold_batch_norms(backbone, pixel_values[:1].to(_dtype(backbone)))
+        known = _folded[backbone] = (state, twin)
+    return known[1] or backbone
+
+
+def _state(backbone: nn.Module) -> tuple:
+    """What changes when a weight does: where each lies, and how often it was written to."""
+    return tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+        for tensors in (backbone.parameters(), backbone.buffers())
+        for tensor in tensors
+    )
+
+
+def _dtype(backbone: nn.Module) -> torch.dtype:
+    return next((tensor.dtype for tensor in backbone.parameters()), torch.get_default_dtype())
 
 
 def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
@@ -35,6 +78,8 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
         The copy; None where nothing can be folded, or where the copy computes something else (a convolution whose
         output goes elsewhere, too).
     """
+    if not any(_is_scale_and_shift(module) for module in backbone.modules()):
+        return None
     twin = copy.deepcopy(backbone).eval().requires_grad_(False)
     with torch.no_grad():
         pairs = _find_pairs(twin, pixel_values)

@@ -33,6 +33,7 @@ from .backbone_castream import (
 )
 from .configuration_castream import CAStreamConfig, resolve_pooling
 from .evidence_castream import EvidenceBlock, unit
+from .folding_castream import inference_backbone
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 from .network_castream import NECK, ClassifierNetwork
 
@@ -328,7 +329,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
                 f"pixel_values must have the shape (batch_size, {expected}, height, width), got {shape}: "
                 "use the model's image processor, with images converted to RGB."
             )
-        return read_feature_maps(self.backbone, self.neck, self.config, pixel_values)
+        backbone = inference_backbone(self.backbone, pixel_values)
+        return read_feature_maps(backbone, self.neck, self.config, pixel_values)
 
     def pool_features(
         self, feature_maps: tuple[torch.Tensor, ...], pooling: str | None = None

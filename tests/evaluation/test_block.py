@@ -9,6 +9,7 @@ from castream.evaluation.data import Preprocessor, prepare_block, read_examples
 from castream.evaluation.scorer import Scorer
 
 from modeling_castream import explain
+from modeling_castream.folding_castream import folding
 from tests.evaluation.small import MEAN, SIZE, STD, small_examples, small_model, small_processor
 
 
@@ -138,7 +139,7 @@ def test_probabilities_are_those_of_the_models_forward_pass(options):
         scorer.features(block.pixel_values)
     )
     for pooling in ("gap", "ca"):
-        with torch.no_grad():
+        with torch.no_grad(), folding():  # as the evaluation runs it, to the bit
             logits = model(block.pixel_values, pooling=pooling).logits
         assert torch.equal(probabilities[pooling], logits.softmax(-1))
 

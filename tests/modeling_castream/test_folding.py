@@ -5,7 +5,10 @@ import torch
 import torchvision
 from torch import nn
 
-from modeling_castream.folding_castream import fold_batch_norms
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
+from modeling_castream.cam_castream import eigen_cam, normalize_maps
+from modeling_castream.folding_castream import fold_batch_norms, folding, inference_backbone
+from tests.modeling_castream.tiny import tiny_resnet
 
 
 def trained(network: nn.Module) -> nn.Module:
@@ -90,3 +93,41 @@ def test_what_cannot_be_folded_is_left_alone():
     pixel_values = torch.randn(1, 3, 8, 8)
     for network in (Branching(), ChangedInPlace(), SharedNorm(), nn.Conv2d(3, 4, 3)):
         assert fold_batch_norms(trained(network), pixel_values) is None
+
+
+def explained_model() -> CAStreamForImageClassification:
+    """A model whose folded copy would be told from it, in eval mode."""
+    torch.manual_seed(0)
+    model = CAStreamForImageClassification(CAStreamConfig(backbone_config=tiny_resnet(), num_labels=5))
+    trained(model)
+    return model
+
+
+def test_explanations_run_the_folded_copy_and_gradients_the_original():
+    model, pixel_values = explained_model(), torch.randn(2, 3, 64, 64)
+    expected = model(pixel_values, pooling="gap").logits
+    with torch.no_grad(), folding():
+        twin = inference_backbone(model.castream.backbone, pixel_values)
+        assert twin is not model.castream.backbone and count_norms(twin) == 0
+        assert inference_backbone(model.castream.backbone, pixel_values) is twin
+        feature_maps, _ = model.castream.extract_features(pixel_values)
+    logits = model.classify(model.castream.pool_features(feature_maps, "gap")[0])
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    with folding():
+        assert inference_backbone(model.castream.backbone, pixel_values) is model.castream.backbone
+    with torch.no_grad():
+        assert inference_backbone(model.castream.backbone, pixel_values) is model.castream.backbone
+    inner = explain(model, pixel_values, target=1, method="grad_cam", layer=0)
+    assert inner.max() > 0.9
+
+
+def test_a_changed_weight_makes_a_new_copy():
+    model, pixel_values = explained_model(), torch.randn(1, 3, 64, 64)
+    before = explain(model, pixel_values, target=1, method="eigen_cam", upsample=False)
+    with torch.no_grad():
+        for parameter in model.castream.backbone.parameters():
+            parameter.mul_(1.3 * torch.rand_like(parameter))
+    after = explain(model, pixel_values, target=1, method="eigen_cam", upsample=False)
+    feature_map = model.castream.extract_features(pixel_values)[0][-1]
+    torch.testing.assert_close(after, normalize_maps(eigen_cam(feature_map.detach())), rtol=1e-3, atol=1e-4)
+    assert (after - before).abs().max() > 0.01

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import BatchFeature, BitImageProcessor, Dinov2Config, SwinConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, methods_castream
+from modeling_castream.folding_castream import folding
 from modeling_castream.masking_castream import ablation_cam_weights
 from modeling_castream.methods_castream import Method
 from modeling_castream.saliency_castream import empty_maps, explain_features, extract
@@ -172,8 +173,8 @@ def test_raw_attention_is_the_models_own():
 
 def test_raw_attention_of_class_specific_queries_is_the_targets():
     model, pixel_values = MODELS["class_specific"](), pixels()
-    with torch.no_grad():
-        attention = model(pixel_values.contiguous(memory_format=torch.channels_last)).attention_maps[1]  # to the bit
+    with torch.no_grad(), folding():  # as explanations run it, to the bit
+        attention = model(pixel_values.contiguous(memory_format=torch.channels_last)).attention_maps[1]
     maps = explain(model, pixel_values, TARGET, "raw_attention", layer=1, **RAW)
     assert torch.equal(maps, attention[range(3), TARGET])
 
