@@ -222,7 +222,7 @@ def test_a_single_logit_is_explained_for_both_of_its_labels(pooling):
     with torch.no_grad():
         inputs = small_processor()(images, return_tensors="pt").pixel_values
         logits = model(inputs, pooling=pooling).logits[:, 0]
-        model.classifier.bias -= logits.median()  # so that both labels are predicted
+        model.classifier.bias -= logits.sort().values[2:4].mean()  # so that both labels are predicted
         logits = model(inputs, pooling=pooling).logits[:, 0]
     metrics = ("average_drop", "positive_perturbation")
     report = evaluate(examples, model, methods=("grad_cam",), poolings=(pooling,), metrics=metrics)
