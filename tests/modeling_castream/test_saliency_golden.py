@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import TimmBackboneConfig
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, saliency_castream
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, methods_castream
 from modeling_castream.cam_castream import grad_cam_plus_plus_weights
 from modeling_castream.features_castream import evaluating, pooled_direction, pooled_map_gradients
 from modeling_castream.masking_castream import score_cam_weights
@@ -59,7 +59,7 @@ def score_cam(features):
         return weights
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saliency_castream, "score_cam_weights", spy)
+        patch.setattr(methods_castream, "score_cam_weights", spy)
         maps = explain_features(features, TARGET, "score_cam", tuple(POOLINGS.values()), **IMAGE)
     return weights, maps
 
