@@ -8,6 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 SHOWN_METHODS = ["attention_cam", "grad_cam", "grad_cam_plus_plus"]
+EVIDENCE_METHODS = {"evidence": "memory", "object": "constant"}  # method -> the evidence block that it shows
 POOLINGS = {"gap": "GAP", "ca": "CA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += tuple({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))  # phones', where Pillow can
@@ -47,7 +48,7 @@ class Explanation:
         photo: RGB.
         label: the class.
         box: left, top, right, bottom of the part that the model saw, in pixels of the photo.
-        maps: one per method and pooling.
+        maps: those of the evidence blocks, the same under either pooling; then one per method and pooling.
         attention: raw attention, one map per depth, shallow to deep.
         attention_title: what raw attention is of.
     """
@@ -105,6 +106,8 @@ class Explainer:
         self.depths = list(pipe.model.config.stream_layers)
         agnostic = pipe.model.config.query == "class_agnostic"
         self.attention_title = "Raw attention, the same for every class" if agnostic else "Raw attention"
+        blocks = pipe.model.config.evidence_queries or []
+        self.evidence_methods = [method for method, block in EVIDENCE_METHODS.items() if block in blocks]
         blank = Image.new("RGB", (LARGEST_SIDE, LARGEST_SIDE))
         self.explain(blank, self.classes(blank, top_k=1)[0][0])  # the first pass is slow: not a visitor's
 
@@ -122,6 +125,9 @@ class Explainer:
     def explain(self, photo: Image.Image, class_id: int) -> Explanation:
         """All maps for one class, which its label need not name alone."""
         answers = self.pipe(photo, method=SHOWN_METHODS, pooling=list(POOLINGS), target=class_id)
+        if self.evidence_methods:
+            own = self.pipe.model.config.pooling
+            answers = self.pipe(photo, method=self.evidence_methods, pooling=own, target=class_id) + answers
         attention = self.pipe(photo, method="raw_attention", layer="all", pooling="ca", target=class_id)
         after = self._probabilities_of_masked(photo, answers, class_id)
         maps = [

@@ -110,7 +110,7 @@ def overlay(one: Map, explanation: Explanation, colors: np.ndarray, opacity: flo
 
 
 def to_picture(explanation: Explanation, colors: np.ndarray, opacity: float, depth: int) -> Image.Image:
-    """The same as one picture: a row per method, GAP left and CA right, with its legend."""
+    """The same as one picture: a row per method, GAP left and CA right, and one of evidence; with its legend."""
     attention = explanation.attention[depth - 1]
     cells = [
         (f"{explanation.label}", explanation.photo),
@@ -120,6 +120,8 @@ def to_picture(explanation: Explanation, colors: np.ndarray, opacity: float, dep
         text = f"{one.title}, {POOLINGS[one.pooling]}: {one.before:.1%} → {one.after:.1%}"
         cells.append((text, overlay(one, explanation, colors, opacity)))
     height = round(_CELL * explanation.photo.height / explanation.photo.width)
+    if len(explanation.maps) % 2:  # one evidence block: its row has one cell, so that the others stay in pairs
+        cells.insert(3, ("", Image.new("RGB", (_CELL, height), _PAPER)))
     rows, step = len(cells) // 2, height + 34
     canvas = Image.new("RGB", (2 * _CELL + 3 * _MARGIN, rows * step + 56), _PAPER)
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(15)

@@ -3,6 +3,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from modeling_castream.methods_castream import METHODS
+
 CELL, MARGIN, TEXT = 240, 10, 18  # pixels: a picture's longest side, the space around it, a line of text
 INK, FAINT, PAPER = (20, 20, 20), (110, 110, 110), (255, 255, 255)
 MOST_ROWS = 40  # beyond this the sheet is too long to look at; the overlays are there for every photo
@@ -28,7 +30,7 @@ class ContactSheet:
             return
         cells = [(_thumbnail(photo), name, f"{photo.width} x {photo.height}")]
         for answer in answers:
-            how = f"{answer['method'].replace('_', ' ')}, {answer['pooling']}"
+            how = f"{METHODS[answer['method']].title}, {answer['pooling'].upper()}"
             cells.append((_thumbnail(answer["overlay"]), f"{answer['score']:.1%}  {answer['label']}", how))
         self.rows.append(cells)
 

@@ -1,13 +1,17 @@
 """What the page computes and draws, without the page."""
 
+import dataclasses
+import shutil
 import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, features
 
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from modeling_castream.decoding_castream import decode_image
 from tests.app.conftest import APP
 
@@ -194,3 +198,42 @@ def test_a_port_in_use_is_said_in_one_line(model_dir):
         and port in lines[-1]
     )
     assert "Traceback" not in process.stderr
+
+
+@pytest.fixture(scope="module")
+def evidence_explanation(tmp_path_factory, model_dir, photos):
+    """Of a model with both evidence blocks, off their first values."""
+    from explanation import Explainer, open_photo
+    from transformers import pipeline
+
+    model = CAStreamForImageClassification.from_pretrained(model_dir)
+    config = CAStreamConfig.from_dict(model.config.to_dict() | {"evidence_queries": ["memory", "constant"]})
+    torch.manual_seed(0)
+    with_evidence = CAStreamForImageClassification(config)
+    with_evidence.load_state_dict(model.state_dict(), strict=False)
+    folder = tmp_path_factory.mktemp("model_with_evidence")
+    with_evidence.save_pretrained(folder)
+    shutil.copyfile(model_dir / "preprocessor_config.json", folder / "preprocessor_config.json")
+    explainer = Explainer(pipeline("image-explanation", model=str(folder), trust_remote_code=True))
+    photo = open_photo(photos[0], decode_image)
+    return explainer.colors, explainer.explain(photo, explainer.classes(photo)[0][0])
+
+
+def test_evidence_is_one_figure_before_the_pairs(evidence_explanation):
+    from rendering import to_html, to_picture
+
+    colors, explanation = evidence_explanation
+    titles = [one.title for one in explanation.maps]
+    assert titles[:3] == ["Evidence", "Object", "Attention-CAM"] and titles.count("Evidence") == 1
+    page = to_html(explanation, colors, 0.6, 1)
+    assert page.index("Evidence") < page.index("Grad-CAM") and page.count("<h3>Evidence</h3>") == 1
+    to_picture(explanation, colors, 0.6, 1)
+
+
+def test_a_single_evidence_block_leaves_the_pairs_in_rows(evidence_explanation):
+    from rendering import to_picture
+
+    colors, explanation = evidence_explanation
+    both = to_picture(explanation, colors, 0.6, 1)
+    single = dataclasses.replace(explanation, maps=explanation.maps[:1] + explanation.maps[2:])
+    assert to_picture(single, colors, 0.6, 1).size == both.size
