@@ -76,6 +76,7 @@ _WHOLE = {
     "swinv2": _SWIN,
     "textnet": {},
 }
+_GAINS = {"efficientnet": 12.0, "mobilevit": 24.0}  # of the weights, where swish and gates swallow more of the signal
 TRANSFORMERS = {
     "resnet": ResNetConfig(embedding_size=16, hidden_sizes=[16, 24, 32, 48], depths=[1, 2, 1, 1], layer_type="basic"),
     "convnext": ConvNextConfig(hidden_sizes=[16, 24, 32, 48], depths=[1, 1, 2, 1]),
@@ -134,7 +135,7 @@ def randomise(model: nn.Module, size: int) -> nn.Module:
         if parameter.numel() > 1 and (parameter == parameter.flatten()[0]).all():
             start = parameter.flatten()[0].item() if parameter.flatten()[0].abs() > 1e-3 else 0.1
             parameter.copy_(start + 0.1 * torch.randn(parameter.shape, generator=generator))
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
     for norm in norms:
         norm.momentum = 1.0
     pictures = [np.asarray(image.resize((size, size))) for image in example_images()]
@@ -147,11 +148,21 @@ def randomise(model: nn.Module, size: int) -> nn.Module:
     return model.eval()
 
 
+@torch.no_grad()
+def _spread(model: nn.Module, gain: float) -> nn.Module:
+    """Scale matrices to keep a signal's size: transformers' first weights are so small that deep networks are dead."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and parameter.std() > 0:
+            parameter *= gain / (parameter.std() * parameter[0].numel() ** 0.5)
+    return model
+
+
 def _transformers_folder(family: str, folder: Path) -> tuple[str, None]:
     config: PreTrainedConfig = TRANSFORMERS[family]
     names = [f"class {index}" for index in range(_LABELS)]
     config.id2label, config.label2id = dict(enumerate(names)), {name: index for index, name in enumerate(names)}
-    model = randomise(AutoModelForImageClassification.from_config(config), _SIZE)
+    model = AutoModelForImageClassification.from_config(config)
+    model = randomise(_spread(model, _GAINS.get(family, 1.5)) if family in _WHOLE else model, _SIZE)
     model.save_pretrained(folder)
     square = {"height": _SIZE, "width": _SIZE}
     if family.startswith(("dinov2", "bit")):
