@@ -9,6 +9,9 @@ from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor
 
+from modeling_castream.backbone_castream import num_input_channels
+from modeling_castream.preprocessing_castream import image_mode
+
 from .source import Source
 
 TOLERANCE = 1e-5
@@ -54,20 +57,27 @@ def check_parity(
     Args:
         model, image_processor: the conversion.
         renamed: new names of the source's weights, as `mapping.rename` found them.
-        images: the real batch, RGB; None: `example_images()`.
+        images: real images; None: `example_images()`. A processor of one or four channels gets them grey, or with an
+            alpha channel.
 
     Raises:
         ValueError: where pixels differ by more than 1e-5, or logits by more than 1e-5 times max(1, largest logit).
     """
-    images = example_images() if images is None else images
-    pixel_values = source.transform(images)
-    ours = torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"]))
-    pixels = (pixel_values - ours).abs().max().item()
+    mode = image_mode(image_processor, num_input_channels(model.config))
+    images = [image.convert(mode) for image in (example_images() if images is None else images)]
+    batches, pixels = [], 0.0
+    for image in images:  # by themselves: a processor that keeps the aspect ratio gives each its own size
+        batches.append(source.transform([image]))
+        ours = torch.as_tensor(np.stack(image_processor(images=[image])["pixel_values"]))
+        same_size = ours.shape == batches[-1].shape
+        pixels = max(pixels, (batches[-1] - ours).abs().max().item() if same_size else float("inf"))
     if not pixels <= TOLERANCE:
         raise ValueError(f"the image processors differ by {pixels:.2g} in pixel values, more than {TOLERANCE:g}.")
-    noise = torch.randn(2, *pixel_values.shape[1:], generator=torch.Generator().manual_seed(0))
+    if len({batch.shape for batch in batches}) == 1:
+        batches = [torch.cat(batches)]
+    noise = torch.randn(2, *batches[0].shape[1:], generator=torch.Generator().manual_seed(0))
     difference = largest = 0.0
-    for batch in (noise, pixel_values):
+    for batch in (noise, *batches):
         expected = source.logits(batch)
         error, scale = (expected - model(batch, pooling="gap").logits).abs().max().item(), expected.abs().max().item()
         if not error <= TOLERANCE * max(1.0, scale):

@@ -326,8 +326,8 @@ class CAStreamModel(CAStreamPreTrainedModel):
         if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != expected:
             shape = None if pixel_values is None else tuple(pixel_values.shape)
             raise ValueError(
-                f"pixel_values must have the shape (batch_size, {expected}, height, width), got {shape}: "
-                "use the model's image processor, with images converted to RGB."
+                f"pixel_values must have the shape (batch_size, {expected}, height, width), got {shape}: use the "
+                f"model's image processor{', with images converted to RGB' if expected == 3 else ''}."
             )
         backbone = inference_backbone(self.backbone, pixel_values)
         return read_feature_maps(backbone, self.neck, self.config, pixel_values)

@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 from transformers import Pipeline
 
+from .backbone_castream import num_input_channels
 from .configuration_castream import POOLINGS
 from .decoding_castream import decode_image
 from .overlay_castream import Overlay, color_map, to_original
-from .preprocessing_castream import Box, visible_box
+from .preprocessing_castream import Box, image_mode, visible_box
 from .saliency_castream import (
     METHODS,
     Target,
@@ -56,6 +57,8 @@ class ImageExplanationPipeline(Pipeline):
             )
         if self.image_processor is None:
             raise ValueError("image_processor is missing: the model's folder has no preprocessor_config.json.")
+        # grey or RGBA for networks of one or four channels
+        self.image_mode = image_mode(self.image_processor, num_input_channels(self.model.config))
 
     def __call__(self, inputs, **kwargs):
         """Explain one image, or several.
@@ -115,7 +118,8 @@ class ImageExplanationPipeline(Pipeline):
 
     def preprocess(self, inputs, timeout: float | None = None) -> dict:
         image = decode_image(inputs, timeout)
-        pixel_values = self.image_processor(images=image, return_tensors="pt")["pixel_values"]
+        shown = image if self.image_mode == "RGB" else image.convert(self.image_mode)
+        pixel_values = self.image_processor(images=shown, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixel_values, "image": image}
 
     def _forward(

@@ -15,8 +15,29 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 
 
+MODES = ("RGB", "L", "RGBA")  # of pictures, in the order in which a processor is asked whether it takes them
+
+
+def image_mode(image_processor, num_channels: int | None = None) -> str:
+    """The kind of picture that a processor takes: RGB, else grey or with an alpha channel.
+
+    Where it takes none of them, RGB: what is wrong with the processor shows when it is used.
+
+    Args:
+        num_channels: of the network's input that it must make; None: of any.
+    """
+    for mode in MODES:
+        try:
+            found = len(process(image_processor, Image.new(mode, (256, 256))))
+        except Exception:  # processors have no error in common for a wrong number of channels
+            continue
+        if num_channels in (None, found):
+            return mode
+    return "RGB"
+
+
 def process(image_processor, image: Image.Image) -> np.ndarray:
-    """The network's input for one RGB image: (num_channels, height, width), float64."""
+    """The network's input for one image: (num_channels, height, width), float64."""
     return np.asarray(image_processor(images=image, return_tensors="pt")["pixel_values"][0], dtype=np.float64)
 
 
@@ -30,9 +51,15 @@ def pixel_scale(image_processor) -> tuple[list[float], list[float]]:
     return (-low / (high - low)).tolist(), (1 / (high - low)).tolist()
 
 
+def _picture(pixels: np.ndarray, mode: str) -> Image.Image:
+    """An image with the same values, uint8 (height, width), in every channel of its mode."""
+    return Image.merge(mode, [Image.fromarray(pixels)] * len(mode)) if mode != "L" else Image.fromarray(pixels)
+
+
 def _black_and_white(image_processor) -> tuple[np.ndarray, np.ndarray]:
     """What becomes of a black and of a white pixel, each (num_channels,)."""
-    black, white = (process(image_processor, Image.new("RGB", (256, 256), (v, v, v))) for v in (0, 255))
+    mode = image_mode(image_processor)
+    black, white = (process(image_processor, _picture(np.full((256, 256), v, np.uint8), mode)) for v in (0, 255))
     span = np.abs(white - black).min(0)
     if not (np.isfinite(span).all() and span.max() > 0):
         raise ValueError("image_processor shows the model nothing: white is processed as black is.")
@@ -52,11 +79,12 @@ def visible_box(image_processor, width: int, height: int) -> Box:
         ValueError: where the processor shows nothing of an image.
     """
     low, high = (one[:, None, None] for one in _black_and_white(image_processor))
+    mode = image_mode(image_processor)
 
     def shown(ramp: np.ndarray) -> np.ndarray:
         """Processed values in [0, 1], (rows, columns), of an image of these: (1, width) or (height, 1)."""
         pixels = np.broadcast_to((255 * ramp.clip(0, 1)).round().astype(np.uint8), (height, width))
-        return ((process(image_processor, Image.fromarray(pixels).convert("RGB")) - low) / (high - low)).mean(0)
+        return ((process(image_processor, _picture(pixels, mode)) - low) / (high - low)).mean(0)
 
     x, y = np.linspace(0, 1, width)[None], np.linspace(0, 1, height)[:, None]
     shown_x, shown_y = shown(x), shown(y)

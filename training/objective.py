@@ -150,7 +150,7 @@ class Objective(nn.Module):
             shown = masks[:, number : number + 1].to(pixel_values.dtype)
             masked = torch.lerp(backgrounds[chosen[:, number], items], pixel_values, shown)
             features = self.model.castream.extract_features(masked.contiguous(memory_format=torch.channels_last))
-            first = features if first is None else first
+            first = (features[0][-len(self.model.castream.stream.blocks) :], features[1]) if first is None else first
             survival.append(self._survival(clean, self._teacher(features)))
         kept = F.adaptive_avg_pool2d(masks, maps[0].shape[2:])
         return {"view": view, "masked": first, "fidelity": ((kept, torch.stack(survival, dim=2)), None)}
