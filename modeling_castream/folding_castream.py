@@ -39,9 +39,9 @@ def folding() -> Iterator[None]:
 
 def inference_backbone(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module:
     """The backbone to run: its folded copy within `folding()`, where there is one and no gradient is asked for."""
-    if not _wanted.get() or backbone.training or torch.is_grad_enabled():
-        return backbone
     if torch.compiler.is_compiling() or backbone._compiled_call_impl is not None:  # a compiler folds by itself
+        return backbone
+    if not _wanted.get() or backbone.training or torch.is_grad_enabled():
         return backbone
     state = _state(backbone)
     known = _folded.get(backbone)
