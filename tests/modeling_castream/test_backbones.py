@@ -313,11 +313,11 @@ def count_checkpoints(model: nn.Module) -> list:
 @pytest.mark.parametrize("model_type", sorted(NO_CHECKPOINTING))
 def test_no_gradient_checkpointing_is_said(model_type):
     model, _ = transformers_model(model_type)
-    with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         model.gradient_checkpointing_enable()  # its name in every version from 5.17 on
 
 
 def test_no_gradient_checkpointing_of_timm_is_said():
     model, _ = random_model(tiny_timm(), 64)
-    with pytest.raises(ValueError, match="does not support (activation|gradient) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (activation|gradient) checkpointing"):
         model.gradient_checkpointing_enable()  # its name in every version from 5.17 on
