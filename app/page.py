@@ -57,47 +57,58 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
                 download = gr.DownloadButton("Download the picture", elem_id="download", interactive=False)
         maps = gr.HTML(EMPTY, elem_id="maps")
 
-        def read(path: str | None):
-            """A new photo: its classes, or a line that says why there are none."""
-            if path is None:
-                return None, "", gr.Radio([], value=None, visible=False)
-            try:
-                photo = open_photo(path, explainer.pipe.decode_image)
-            except NoPhoto as error:
-                return None, f"**{error}**", gr.Radio([], value=None, visible=False)
-            found = explainer.classes(photo)
-            choices = [(f"{label}: {score:.1%}", class_id) for class_id, label, score in found]
-            return photo, "", gr.Radio(choices, value=found[0][0], visible=True)
-
-        def show(photo: Image.Image | None, class_id: int | None, opacity: float, depth: int):
-            """Maps for the chosen class."""
-            if photo is None or class_id is None:
-                return None, EMPTY, gr.DownloadButton(value=None, interactive=False)
-            explanation = explainer.explain(photo, class_id)
-            picture = gr.DownloadButton(value=_save(explanation, opacity, depth), interactive=True)
-            return explanation, to_html(explanation, explainer.colors, opacity, depth), picture
-
-        def redraw(explanation: Explanation | None, opacity: float, depth: int):
-            """The picture for keeping, after a slider moved."""
-            if explanation is None:
-                return gr.DownloadButton(value=None, interactive=False)
-            return gr.DownloadButton(value=_save(explanation, opacity, depth), interactive=True)
-
-        def _save(explanation: Explanation, opacity: float, depth: int) -> str:
-            # In the button's own cache, which Gradio empties: of a file elsewhere it would keep the original.
-            os.makedirs(download.GRADIO_CACHE, exist_ok=True)
-            path = Path(tempfile.mkdtemp(dir=download.GRADIO_CACHE)) / "explanation.png"
-            to_picture(explanation, explainer.colors, opacity, int(depth)).save(path)
-            return str(path)
-
+        acts = _Acts(explainer, download.GRADIO_CACHE)
         shown = {"outputs": [explanation_state, maps, download], "api_visibility": "private"}
-        upload.change(read, upload, [photo_state, message, classes], api_visibility="private").then(
-            show, [photo_state, classes, opacity, depth], **shown
+        upload.change(acts.read, upload, [photo_state, message, classes], api_visibility="private").then(
+            acts.show, [photo_state, classes, opacity, depth], **shown
         )
-        classes.input(show, [photo_state, classes, opacity, depth], **shown)
+        classes.input(acts.show, [photo_state, classes, opacity, depth], **shown)
         for slider, act in ((opacity, _SET_OPACITY), (depth, _SET_DEPTH)):
             slider.change(None, slider, None, js=act)
             slider.release(
-                redraw, [explanation_state, opacity, depth], download, api_visibility="private", show_progress="hidden"
+                acts.redraw,
+                [explanation_state, opacity, depth],
+                download,
+                api_visibility="private",
+                show_progress="hidden",
             )
     return page
+
+
+class _Acts:
+    """What the page answers to what a visitor does.
+
+    Args:
+        cache: folder of the download button: Gradio empties it, and of a file elsewhere it would keep the original.
+    """
+
+    def __init__(self, explainer: Explainer, cache: str):
+        self.explainer = explainer
+        self.cache = cache
+
+    def read(self, path: str | None):
+        """A new photo: its classes, or a line that says why there are none."""
+        if path is None:
+            return None, "", gr.Radio([], value=None, visible=False)
+        try:
+            photo = open_photo(path, self.explainer.pipe.decode_image)
+        except NoPhoto as error:
+            return None, f"**{error}**", gr.Radio([], value=None, visible=False)
+        found = self.explainer.classes(photo)
+        choices = [(f"{label}: {score:.1%}", class_id) for class_id, label, score in found]
+        return photo, "", gr.Radio(choices, value=found[0][0], visible=True)
+
+    def show(self, photo: Image.Image | None, class_id: int | None, opacity: float, depth: int):
+        """Maps for the chosen class."""
+        explanation = None if photo is None or class_id is None else self.explainer.explain(photo, class_id)
+        shown = EMPTY if explanation is None else to_html(explanation, self.explainer.colors, opacity, depth)
+        return explanation, shown, self.redraw(explanation, opacity, depth)
+
+    def redraw(self, explanation: Explanation | None, opacity: float, depth: int):
+        """The picture for keeping, after a slider moved."""
+        if explanation is None:
+            return gr.DownloadButton(value=None, interactive=False)
+        os.makedirs(self.cache, exist_ok=True)
+        path = Path(tempfile.mkdtemp(dir=self.cache)) / "explanation.png"
+        to_picture(explanation, self.explainer.colors, opacity, int(depth)).save(path)
+        return gr.DownloadButton(value=str(path), interactive=True)

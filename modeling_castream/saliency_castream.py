@@ -27,38 +27,20 @@ def explain(
     pooling: str | None = None,
     *,
     layer: int | str = -1,
-    relu: bool | None = None,
-    normalize: bool = True,
     upsample: bool = True,
-    image_mean: Sequence[float] | None = None,
-    image_std: Sequence[float] | None = None,
-    chunk_size: int | None = None,
-    autocast_dtype: torch.dtype | None = None,
+    normalize: bool = True,
+    **options,
 ) -> torch.Tensor:
     """Saliency maps of a batch of images. The model is left exactly as it was.
 
     Args:
         model: a CAStreamForImageClassification, in any mode, frozen or not, compiled or not.
         pixel_values: (batch_size, num_channels, height, width), normalised; moved to the model's device and dtype.
-        target: the class to explain: an id or a label for all images, a sequence or LongTensor of one per image, a
-            LongTensor (batch_size, num_targets) for several maps of each image, or None for the class predicted under
-            `pooling`.
-        method: one of `METHODS`. `"raw_attention"` is the same for every class, unless queries are class-specific.
-            `"evidence"` shows what the prediction rests on, and with a target what speaks for that class; `"object"`
-            shows where something is, whatever it is. Both need a model with that evidence block.
-        pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
-        layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
-            `"all"` for each of them, stacked on the second axis. At other layers than the pooled one, methods that need
-            gradients pay a forward and a backward pass through the backbone, and `"attention_cam"` and `"ablation_cam"`
-            do not exist.
-        relu: whether negative values are cut off; None, as the method's paper does.
-        normalize: whether maps are min-max scaled to [0, 1]. With `normalize=False, relu=False` they are signed, raw.
+        target, method, pooling: as in `explain_features`, but one pooling.
+        layer: as there, or `"all"` for each of `config.stream_layers`, stacked on the second axis.
         upsample: whether maps get the images' size, or keep that of the layer.
-        image_mean, image_std: for `"score_cam"`, those of the image processor: channels then mask the image in [0, 1],
-            as in the paper. None: they mask `pixel_values`, so that what is masked fades to the mean colour, not black.
-        chunk_size: for `"score_cam"` and `"ablation_cam"`, the masked images or maps to run at a time;
-            None: what suits the device.
-        autocast_dtype: for `"score_cam"`, the dtype of the backbone's passes over masked images, e.g. torch.bfloat16.
+        normalize: whether maps are min-max scaled to [0, 1]. With `normalize=False, relu=False` they are signed, raw.
+        options: of `explain_features`: relu, image_mean, image_std, chunk_size, autocast_dtype.
 
     Returns:
         (batch_size, height, width), float32, in [0, 1], on the model's device. A map that is flat or has no positive
@@ -74,30 +56,18 @@ def explain(
     >>> maps = explain(model, processor(image, return_tensors="pt").pixel_values, target="tabby, tabby cat")
     ```
     """
-    features = extract(model, pixel_values)
-    options = {
-        "relu": relu,
-        "normalize": normalize,
-        "image_mean": image_mean,
-        "image_std": image_std,
-        "chunk_size": chunk_size,
-        "autocast_dtype": autocast_dtype,
-    }
-    if isinstance(layer, str) and layer == "all":
-        if not upsample:
-            raise ValueError("layer='all' needs upsample=True: the layers' maps have different sizes.")
-        layers = range(len(model.config.stream_layers))
-        maps = [explain_features(features, target, method, pooling, layer=index, **options) for index in layers]
-        empty = torch.stack([empty_maps(one) for one in maps], dim=1)
-        maps = torch.stack([upsample_maps(one, pixel_values.shape[-2:]) for one in maps], dim=1)
-    else:
-        maps = explain_features(features, target, method, pooling, layer=layer, **options)
-        empty = empty_maps(maps)  # before upsampling: the same answer from a thousandth of the pixels
-        if upsample:
-            maps = upsample_maps(maps, pixel_values.shape[-2:])
-    if normalize and (count := int(empty.sum())):
-        warnings.warn(f"{count} of {empty.numel()} {method} maps are flat or not finite: zero.", stacklevel=2)
-    return maps
+    features, every_layer = extract(model, pixel_values), layer == "all"
+    if every_layer and not upsample:
+        raise ValueError("layer='all' needs upsample=True: the layers' maps have different sizes.")
+    layers = range(len(model.config.stream_layers)) if every_layer else [layer]
+    options = options | {"normalize": normalize}
+    maps = [explain_features(features, target, method, pooling, layer=one, **options) for one in layers]
+    empty = [empty_maps(one) for one in maps]  # before upsampling: the same answer from a thousandth of the pixels
+    if normalize and (count := sum(int(one.sum()) for one in empty)):
+        total = sum(one.numel() for one in empty)
+        warnings.warn(f"{count} of {total} {method} maps are flat or not finite: zero.", stacklevel=2)
+    maps = [upsample_maps(one, pixel_values.shape[-2:]) for one in maps] if upsample else maps
+    return torch.stack(maps, dim=1) if every_layer else maps[0]
 
 
 def explain_features(
@@ -118,8 +88,24 @@ def explain_features(
 
     Args:
         features: what `extract(model, pixel_values)` returned.
-        pooling: as in `explain`, or several: Score-CAM then passes its masked images through the backbone once for all.
-        target, method, layer, relu, normalize, image_mean, image_std, chunk_size, autocast_dtype: as in `explain`.
+        target: the class to explain: an id or a label for all images, a sequence or LongTensor of one per image, a
+            LongTensor (batch_size, num_targets) for several maps of each image, or None for the class predicted under
+            `pooling`.
+        method: one of `METHODS`. `"raw_attention"` is the same for every class, unless queries are class-specific.
+            `"evidence"` shows what the prediction rests on, and with a target what speaks for that class; `"object"`
+            shows where something is, whatever it is. Both need a model with that evidence block.
+        pooling: `"ca"`, `"gap"`, None for `config.pooling`, or several: Score-CAM then passes its masked images
+            through the backbone once for all.
+        layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
+            At other layers than the pooled one, methods that need gradients pay a forward and a backward pass through
+            the backbone, and `"attention_cam"` and `"ablation_cam"` do not exist.
+        relu: whether negative values are cut off; None, as the method's paper does.
+        normalize: whether maps are min-max scaled to [0, 1].
+        image_mean, image_std: for `"score_cam"`, those of the image processor: channels then mask the image in [0, 1],
+            as in the paper. None: they mask `pixel_values`, so that what is masked fades to the mean colour, not black.
+        chunk_size: for `"score_cam"` and `"ablation_cam"`, the masked images or maps to run at a time;
+            None: what suits the device.
+        autocast_dtype: for `"score_cam"`, the dtype of the backbone's passes over masked images, e.g. torch.bfloat16.
 
     Returns:
         (batch_size, height_l, width_l), or (batch_size, num_targets, height_l, width_l) for a `target` of that shape,
@@ -140,13 +126,7 @@ def explain_features(
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
-        if target is not None:  # the logits, and the stream before them, are computed only where a method reads them
-            ids = resolve_target(model.config, target, len(features.pixel_values)).to(features.pixel_values.device)
-            targets = dict.fromkeys(poolings, ids)
-        elif chosen.needs_target:
-            targets = {name: features.logits(name).argmax(-1) for name in poolings}
-        else:
-            targets = dict.fromkeys(poolings)
+        targets = _targets(features, target, chosen.needs_target, poolings)
         if chosen.masked_passes:
             masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
             maps = chosen.equation(features, targets, index, chunk_size=chunk_size, **masking)
@@ -155,6 +135,17 @@ def explain_features(
     relu = chosen.relu if relu is None else relu
     maps = {name: _finish(one, relu, normalize) for name, one in maps.items()}
     return maps[poolings[0]] if single else maps
+
+
+def _targets(features: Features, target: Target, needed: bool, poolings: list[str]) -> dict[str, torch.Tensor | None]:
+    """The classes to explain under each pooling; of none, the predicted ones, where a method needs any.
+
+    The logits, and the stream before them, are computed only where a method reads them.
+    """
+    if target is not None:
+        ids = resolve_target(features.model.config, target, len(features.pixel_values))
+        return dict.fromkeys(poolings, ids.to(features.pixel_values.device))
+    return {name: features.logits(name).argmax(-1) if needed else None for name in poolings}
 
 
 def upsample_maps(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

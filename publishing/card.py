@@ -50,15 +50,14 @@ def _flatten(recipe: dict, prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _known(model_dir: Path) -> dict:
-    """What an earlier card of the folder stated about origin and licence."""
-    path = model_dir / "README.md"
-    data = ModelCard.load(path).data if path.is_file() else ModelCardData()
-    base_model = data.base_model or []
+def _origin(path: Path, base_model: str | list[str] | None, license: str | None, datasets: list[str] | None) -> dict:
+    """Origin and licence as given, else as an earlier card at `path` stated them."""
+    known = ModelCard.load(path).data if path.is_file() else ModelCardData()
+    base_model = base_model or known.base_model or []
     return {
         "base_model": [base_model] if isinstance(base_model, str) else list(base_model),
-        "license": data.license,
-        "datasets": list(data.datasets or []),
+        "license": license or known.license,
+        "datasets": list(datasets or known.datasets or []),
     }
 
 
@@ -88,11 +87,8 @@ def render_model_card(
         eval_results=eval_results,
     )
     order = [*CAPTIONS]
-    rank = {
-        path: order.index(path.name) if path.name in CAPTIONS else len(order)
-        for path in model_dir.glob("figures/*.png")
-    }
-    figures = sorted(rank, key=lambda path: (rank[path], path.name))
+    figures = sorted(path.name for path in model_dir.glob("figures/*.png"))
+    figures.sort(key=lambda name: order.index(name) if name in order else len(order))
     return ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -103,7 +99,7 @@ def render_model_card(
         num_blocks=len(config.get("stream_layers") or [None]),
         freeze_backbone=config.get("freeze_backbone", True),
         facts=_facts(config, model_dir, origin["base_model"]),
-        figures=[{"path": f"figures/{path.name}", "caption": CAPTIONS.get(path.name, path.stem)} for path in figures],
+        figures=[{"path": f"figures/{file}", "caption": CAPTIONS.get(file, Path(file).stem)} for file in figures],
         results=to_card_markdown(results) if results else None,
         dataset=results["dataset"] if results else None,
         recipe=_flatten(recipe) if recipe else None,
@@ -123,9 +119,8 @@ def write_model_card(
 ) -> Path:
     """Write a model folder's README.md from what is known of the model.
 
-    `results` and `recipe` are also kept in the folder, as results.json and recipe.json, and read from there when they
-    are not given; origin and licence are kept in the card's front matter. So a later call, `publish`'s for one, loses
-    nothing.
+    `results` and `recipe` are also kept in the folder, as results.json and recipe.json, and read from there when not
+    given; origin and licence are kept in the card's front matter: a later call, `publish`'s for one, loses nothing.
     A README.md that was not made here is left as it is.
 
     Args:
@@ -154,18 +149,10 @@ def write_model_card(
     path = model_dir / "README.md"
     if path.is_file() and not is_own_card(path):
         return path
-    origin = _known(model_dir)
-    if base_model:
-        origin["base_model"] = [base_model] if isinstance(base_model, str) else list(base_model)
-    origin["license"] = license or origin["license"]
-    origin["datasets"] = list(datasets) if datasets else origin["datasets"]
-    card = render_model_card(
-        model_dir,
-        results or read_json(model_dir / "results.json", missing_ok=True),
-        recipe or read_json(model_dir / "recipe.json", missing_ok=True),
-        repo_id,
-        origin,
-    )
+    results = results or read_json(model_dir / "results.json", missing_ok=True)
+    recipe = recipe or read_json(model_dir / "recipe.json", missing_ok=True)
+    origin = _origin(path, base_model, license, datasets)
+    card = render_model_card(model_dir, results, recipe, repo_id, origin)
     with new_file(path) as partial:
         card.save(partial)
     return path

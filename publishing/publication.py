@@ -77,28 +77,44 @@ def publish(
         for target in (Path(dry_run), space_folder(dry_run)) if space else (Path(dry_run),):
             check_free(target)
     with tempfile.TemporaryDirectory(prefix="castream-publish-") as scratch:
-        folder, space_dir = Path(scratch) / "model", Path(scratch) / "space"
-        folder.mkdir()
-        model = assemble(publication, folder, max_shard_size)
-        difference = verify(folder, model)
+        folder = Path(scratch)
+        difference = verify(folder, assemble(publication, folder, max_shard_size))
         files = list_files(folder)
         if dry_run is not None:
-            if space:
-                with new_folder(space_folder(dry_run)) as partial:
-                    write_space(partial, repo_id, None)
-            with new_folder(Path(dry_run)) as partial:
-                for path in folder.iterdir():
-                    shutil.move(path, partial)
-            return Published(files, difference, str(dry_run), space_url=str(space_folder(dry_run)) if space else None)
+            return Published(
+                files, difference, str(dry_run), space_url=_keep(folder, dry_run, repo_id if space else None)
+            )
         commit = upload(folder, repo_id, private=private, revision=revision, create_pr=create_pr)
-        if space:
-            write_space(space_dir, repo_id, commit.oid)
-            try:
-                upload(space_dir, repo_id, repo_type="space", private=private, message="Publish the page")
-            except PublishError as error:
-                raise PublishError(f"the model is published, its page is not: {error}") from error
-        url = (commit.pr_url if create_pr else None) or commit.commit_url
-        return Published(files, difference, url, commit.oid, repo_url(repo_id, "space") if space else None)
+    if space:
+        _upload_space(repo_id, commit.oid, private)
+    url = (commit.pr_url if create_pr else None) or commit.commit_url
+    return Published(files, difference, url, commit.oid, repo_url(repo_id, "space") if space else None)
+
+
+def _keep(folder: Path, dry_run: str | os.PathLike, space_of: str | None) -> str | None:
+    """Move a checked folder to where a dry run wants it, with the Space of a model beside it.
+
+    Returns:
+        The Space's folder, None without one.
+    """
+    space_dir = space_folder(dry_run)
+    if space_of is not None:
+        with new_folder(space_dir) as partial:
+            write_space(partial, space_of, None)
+    with new_folder(Path(dry_run)) as partial:
+        for path in folder.iterdir():
+            shutil.move(path, partial)
+    return None if space_of is None else str(space_dir)
+
+
+def _upload_space(repo_id: str, commit: str, private: bool | None) -> None:
+    """Publish the page of a model, which loads the model's `commit`."""
+    with tempfile.TemporaryDirectory(prefix="castream-publish-") as scratch:
+        write_space(Path(scratch), repo_id, commit)
+        try:
+            upload(Path(scratch), repo_id, repo_type="space", private=private, message="Publish the page")
+        except PublishError as error:
+            raise PublishError(f"the model is published, its page is not: {error}") from error
 
 
 def space_folder(dry_run: str | os.PathLike) -> Path:
