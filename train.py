@@ -8,7 +8,11 @@ A run that was killed goes on when the same command is given again. Exit code 0:
 diverged, in one line; 75: told to stop (SIGTERM, SIGINT), with everything saved.
 """
 
+import os
 import sys
+
+# Before torch is imported: on a busy machine, threads that spin while they wait take the CPU from one another.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from castream.training.run import run
 

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from castream.evaluation.allocator import keep_freed_memory
+from castream.artifacts.process import keep_freed_memory
 from torch import nn
 
 from benchmarks.curves import curve_contenders

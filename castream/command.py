@@ -50,8 +50,11 @@ def explain(
     """Write what speaks for the most likely classes of photos: overlays, and a contact sheet of them all."""
     # Before torch is imported: on a busy machine, threads that spin while they wait take the CPU from one another.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from castream.artifacts.process import keep_freed_memory
+
     from .explain import run
 
+    keep_freed_memory()
     status = run(
         photos, model, output, method=method or "grad_cam", pooling=pooling, target=target, top_k=top_k, alpha=alpha
     )

@@ -166,9 +166,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     from accelerate import Accelerator
     from castream.artifacts.models import load_image_processor, load_model
+    from castream.artifacts.process import keep_freed_memory
     from castream.data.opening import open_split
 
-    from .allocator import keep_freed_memory
     from .data import read_examples
     from .run import evaluate_saliency
 

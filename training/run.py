@@ -12,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from castream.artifacts.files import read_json
 from castream.artifacts.models import load_image_processor, load_model
+from castream.artifacts.process import compute_threads, keep_freed_memory, own_cpus
 from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import Split, UnknownClassesError, open_scenes, open_split
 from castream.data.sharding import ShardPlan
@@ -116,17 +117,9 @@ def start_accelerator(args: TrainingArguments) -> Accelerator:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.device.type == "cpu":
-        # accelerate's launcher sets one thread: slower on an idle machine, but far quicker on a busy one, where all
-        # threads wait for the one that has no CPU
-        asked = os.environ.get("OMP_NUM_THREADS", "")
-        torch.set_num_threads(int(asked) if asked.isdigit() else own_cpus())
+        torch.set_num_threads(compute_threads())
+        keep_freed_memory()
     return accelerator
-
-
-def own_cpus() -> int:
-    """This process's share of the machine's CPUs."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def check_end(args: TrainingArguments, accelerator: Accelerator) -> EvaluationSettings:
