@@ -4,23 +4,24 @@ In eval mode a batch norm is a scale and a shift per channel, so that the convol
 
     BN(W * x + b) = (s W) * x + s (b - mean) + shift,    s = weight / sqrt(var + eps)
 
-The copy is made once per backbone and made again when a weight of the original changes. Within `folding()` a model's
-`extract_features` runs it, unless something asks for a gradient through the backbone.
+On a CPU, activations are fused with the convolutions, too (`fusing_castream`). The copy is made once per backbone and
+made again when a weight of the original changes. Within `folding()` a model's `extract_features` runs it, unless
+something asks for a gradient through the backbone.
 """
 
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
+from .fusing_castream import find_followers, fuse_activations
+
 _TOLERANCE = 1e-4  # of the largest value that comes out: rounding stays far below, a wrong pair far above
-_CONVOLUTIONS = ("Conv2d", "Conv2dSame")  # torch's, and timm's that pads as TensorFlow does
 
 _wanted: ContextVar[bool] = ContextVar("castream_folding", default=False)
 # Backbone -> (its weights' state, its folded copy or None).
@@ -47,8 +48,7 @@ def inference_backbone(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Mo
     known = _folded.get(backbone)
     if known is None or known[0] != state:
         with torch.autocast(pixel_values.device.type, enabled=False):
-            twin = fold_batch_norms(backbone, pixel_values[:1].to(_dtype(backbone)))
-        known = _folded[backbone] = (state, twin)
+            known = _folded[backbone] = (state, _inference_copy(backbone, pixel_values[:1].to(_dtype(backbone))))
     return known[1] or backbone
 
 
@@ -61,6 +61,21 @@ def _state(backbone: nn.Module) -> tuple:
     )
 
 
+@torch.no_grad()
+def _inference_copy(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
+    """A copy with folded batch norms and fused activations; None where there is nothing to fold."""
+    twin = fold_batch_norms(backbone, pixel_values)
+    if twin is None:
+        return None
+    expected = _tensors(twin(pixel_values))
+    try:
+        fuse_activations(twin, pixel_values)
+        fits = _agree(twin, pixel_values, expected)
+    except (AttributeError, RuntimeError, TypeError):  # of a network that does more with a convolution than call it
+        fits = False
+    return twin if fits else fold_batch_norms(backbone, pixel_values)
+
+
 def _dtype(backbone: nn.Module) -> torch.dtype:
     return next((tensor.dtype for tensor in backbone.parameters()), torch.get_default_dtype())
 
@@ -68,8 +83,7 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
     """A copy of a network in eval mode whose batch norms are folded into the convolutions that they follow.
 
-    Which norm follows which convolution is seen on a forward pass, so that it does not matter how the network writes it
-    down; what comes out is compared with the original's.
+    What comes out is compared with the original's.
 
     Args:
         pixel_values: an input of the network, (batch_size, num_channels, height, width).
@@ -82,7 +96,7 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
         return None
     twin = copy.deepcopy(backbone).eval().requires_grad_(False)
     with torch.no_grad():
-        pairs = _find_pairs(twin, pixel_values)
+        pairs = find_followers(twin, pixel_values, _is_scale_and_shift)
         if not pairs:
             return None
         expected = _tensors(backbone(pixel_values))
@@ -90,38 +104,14 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
             weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *weights)
             setattr(parent, name, _after_scale_and_shift(norm))
-        found = _tensors(twin(pixel_values))
-    for ours, theirs in zip(found, expected, strict=True):
-        if not (ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max():
-            return None
-    return twin
+    return twin if _agree(twin, pixel_values, expected) else None
 
 
-def _find_pairs(network: nn.Module, pixel_values: torch.Tensor) -> list[tuple[nn.Module, tuple]]:
-    """Each convolution whose output a batch norm takes as it is, with that norm, its parent and its name there."""
-    made, pairs, handles = {}, [], []
-
-    def note_output(convolution, args, output):
-        made[id(output)] = convolution, output, output._version  # the output itself is kept: ids are used again
-
-    def match_input(place, norm, args):
-        convolution, output, version = made.pop(id(args[0]), (None, None, None))
-        if output is args[0] and version == args[0]._version:  # not changed in place since
-            pairs.append((convolution, (*place, norm)))
-
-    for parent in network.modules():
-        for name, child in parent.named_children():
-            if type(child).__name__ in _CONVOLUTIONS:
-                handles.append(child.register_forward_hook(note_output))
-            elif _is_scale_and_shift(child):
-                handles.append(child.register_forward_pre_hook(partial(match_input, (parent, name))))
-    try:
-        network(pixel_values)
-    finally:
-        for handle in handles:
-            handle.remove()
-    used = [id(module) for convolution, (_, _, norm) in pairs for module in (convolution, norm)]
-    return [pair for pair in pairs if used.count(id(pair[0])) == used.count(id(pair[1][2])) == 1]  # not run twice
+@torch.no_grad()
+def _agree(twin: nn.Module, pixel_values: torch.Tensor, expected: list[torch.Tensor]) -> bool:
+    """Whether a copy computes what its original computed, up to rounding."""
+    pairs = zip(_tensors(twin(pixel_values)), expected, strict=True)
+    return all((ours - theirs).abs().max() <= _TOLERANCE * theirs.abs().max() for ours, theirs in pairs)
 
 
 def _is_scale_and_shift(module: nn.Module) -> bool:
