@@ -136,7 +136,9 @@ def _cell(entry: dict | None) -> str:
     if entry is None:
         return "–"
     interval = Interval(*(None if entry[name] is None else round(entry[name], 2) + 0.0 for name in Interval._fields))
-    return str(interval)  # rounded here, so that -0.004 does not become -0.00
+    text = str(interval)  # rounded here, so that -0.004 does not become -0.00
+    seeds = entry.get("by_seed")
+    return f"{text} ({min(seeds) + 0.0:.2f} to {max(seeds) + 0.0:.2f})" if seeds else text
 
 
 def _table(rows: list[dict], names: list[str]) -> list[str]:
