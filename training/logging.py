@@ -14,6 +14,7 @@ from modeling_castream import explain
 from modeling_castream.overlay_castream import blend
 
 from .checkpoint import Progress
+from .objective import explained_variance
 
 MIN_ROWS = 200  # rows before the share of bad ones means anything
 PICTURED_IMAGES = 8  # in a picture of saliency maps
@@ -33,12 +34,21 @@ class MetricLogger:
 
     Args:
         layers: names of the stream's blocks, for the entropy of their attention.
+        queries: of the evidence blocks, for how well their mass predicts.
         log_steps: optimiser steps between entries.
         num_images: of all epochs; done: those of them that are done.
     """
 
-    def __init__(self, accelerator: Accelerator, layers: list[str], log_steps: int, num_images: int, done: int):
-        self.accelerator, self.layers, self.log_steps = accelerator, layers, log_steps
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        layers: list[str],
+        queries: list[str],
+        log_steps: int,
+        num_images: int,
+        done: int,
+    ):
+        self.accelerator, self.layers, self.queries, self.log_steps = accelerator, layers, queries, log_steps
         self.sums, self.images, self.since = {}, 0, time.time()
         hidden = not accelerator.is_main_process
         self.bar = tqdm(total=num_images, initial=done, unit="img", desc="training", disable=hidden)
@@ -54,17 +64,26 @@ class MetricLogger:
         self.bar.update(images)
         if progress.step % self.log_steps:
             return
-        names = [name for name in self.sums if name != "entropy"]
-        values = [*self.sums["entropy"].tolist(), *(self.sums[name].item() for name in names)]
-        means = [value / self.images for value in total(self.accelerator, values)]
-        entropies = means[: len(self.layers)]
+        sums = self._totals()
+        fidelity, entropies = sums.pop("fidelity", []), [value / self.images for value in sums.pop("entropy")]
+        explained = {
+            f"r2_{query}": explained_variance(*fidelity[4 * place :][:4])
+            for place, query in enumerate(self.queries if fidelity else [])
+        }
         speed = self.images / (time.time() - self.since)
-        entry = dict(zip(names, means[len(self.layers) :], strict=True))
+        entry = {name: value / self.images for name, [value] in sums.items()}
         entry |= {"learning_rate": rate, "images_per_second": speed, "epoch": progress.epoch}
         entry |= {f"attention_entropy/{name}": value for name, value in zip(self.layers, entropies, strict=True)}
-        self.accelerator.log(entry, step=progress.step)
-        self.bar.set_postfix(loss=f"{entry['loss']:.3f}", entropy=f"{entropies[-1]:.3f}", refresh=False)
+        self.accelerator.log(entry | explained, step=progress.step)
+        shown = {"loss": entry["loss"], "entropy": entropies[-1], **explained}
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()}, refresh=False)
         self.sums, self.images, self.since = {}, 0, time.time()
+
+    def _totals(self) -> dict[str, list[float]]:
+        """The sums over all processes, flat."""
+        values = {name: value.flatten().tolist() for name, value in self.sums.items()}
+        totals = iter(total(self.accelerator, [one for several in values.values() for one in several]))
+        return {name: [next(totals) for _ in several] for name, several in values.items()}
 
     def log_saliency(self, step: int, objective, pixel_values: torch.Tensor) -> None:
         """Log what the model looks at on the first few images of a normalised batch."""

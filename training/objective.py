@@ -16,10 +16,12 @@ prediction survives the masked view x_k,
     r_k         = min(p_c(x_k) / p_c(x), 1)              for the memory; c is the class predicted for x
                   exp(-KL(GAP(x) || GAP(x_k)))           for the constant query
 
-with log alpha and beta linear in what is known of x, trained along and thrown away.
+with log alpha and beta linear in what is known of x, trained along and thrown away. Every tenth photo is kept out of
+it, and tells how well the mass predicts.
 """
 
 import math
+import zlib
 from collections.abc import Sequence
 
 import torch
@@ -31,6 +33,7 @@ from torchvision.transforms import v2 as transforms
 ENTROPY_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
 
 FIDELITY_TARGETS = {"memory": 0, "constant": 1}  # which survival each evidence block predicts
+KEPT_OUT = 10  # every which photo the evidence blocks do not learn from
 
 Features = tuple[tuple[torch.Tensor, ...], torch.Tensor | None]
 
@@ -189,7 +192,8 @@ class Objective(nn.Module):
         Returns:
             `loss`, and with labels `accuracy` (top-1 hits), as sums over the batch; `entropy` (num_blocks,): of the
             attention, relative to the uniform one, in [0, 1] per image, summed over the batch as if all images had
-            the mean of the first ENTROPY_IMAGES.
+            the mean of the first ENTROPY_IMAGES; `fidelity` (num_evidence_blocks, 4): of the masks of photos kept out
+            of mass fidelity, what `explained_variance` takes.
         """
         features = batch["features"] if "features" in batch else self.extract(batch)
         logits, attention_maps = self._logits(features["view"], self.pooling)
@@ -202,7 +206,7 @@ class Objective(nn.Module):
             loss = self._divergence(teacher, logits)
             if self.loss == "mass_fidelity":
                 masked, _ = self._logits(features["masked"], self.pooling)
-                fidelity, explained = self._fidelity(features, teacher)
+                fidelity, predicted = self._fidelity(features, teacher, kept_out(batch.get("keys", []), len(logits)))
                 loss = loss + self._divergence(teacher, masked) + fidelity
             elif self.uses_masks:
                 masked, _ = self._logits(features["masked"], self.pooling)
@@ -212,26 +216,28 @@ class Objective(nn.Module):
         first = tuple(attention[:ENTROPY_IMAGES] for attention in attention_maps)
         entropy = attention_entropy(first) * (len(logits) / len(first[0]))
         logged = {"loss": loss, "entropy": entropy} | self._accuracy(logits, labels)
-        return logged | (explained if self.loss == "mass_fidelity" else {})
+        return logged | ({"fidelity": predicted} if self.loss == "mass_fidelity" else {})
 
     def _fidelity(
-        self, features: dict[str, Features], teacher: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of the evidence blocks; and how well the mass predicts what survives, R2 times the number of images."""
+        self, features: dict[str, Features], teacher: torch.Tensor, kept_out: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of the evidence blocks, and what `explained_variance` takes, of the photos `kept_out` of it."""
         (feature_maps, cls_token), ((masks, survival), _) = features["view"], features["fidelity"]
         maps = self.model.castream.evidence_features(feature_maps)
         known = describe_predictions(maps[-1].mean((2, 3)), self.model.probabilities(teacher))
-        loss, explained = 0, {}
+        kept_out = kept_out.to(masks.device)
+        loss, predicted = 0, []
         for query, surrogate in self.surrogates.items():
             scores = self.model.evidence_scores(query, maps, cls_token)
             evidence = scores.flatten(1).softmax(-1).view_as(scores)
             logits = surrogate((evidence[:, None] * masks).sum((2, 3)), known)
             survived = survival[:, FIDELITY_TARGETS[query]]
-            loss = loss + F.binary_cross_entropy_with_logits(logits, survived, reduction="none").mean(1).sum()
-            residual = (survived - logits.detach().sigmoid()).square().sum()
-            variance = (survived - survived.mean()).square().sum().clamp(min=1e-12)
-            explained[f"r2_{query}"] = (1 - residual / variance) * len(masks)
-        return loss, explained
+            losses = F.binary_cross_entropy_with_logits(logits, survived, reduction="none").mean(1)
+            loss = loss + losses[~kept_out].sum()
+            survived, error = survived[kept_out], (survived - logits.detach().sigmoid())[kept_out]
+            count = torch.tensor(float(survived.numel()), device=survived.device)
+            predicted.append(torch.stack([count, survived.sum(), survived.square().sum(), error.square().sum()]))
+        return loss, torch.stack(predicted)
 
     def _logits(self, features: Features, pooling: str) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         feature_maps, cls_token = features
@@ -309,6 +315,22 @@ class Surrogate(nn.Module):
         """mass (batch_size, num_masks) in [0, 1], known (batch_size, num_channels + 3) -> (batch_size, num_masks)."""
         log_alpha, beta = self.linear(known).unbind(1)
         return log_alpha.exp()[:, None] * mass - beta[:, None]
+
+
+def kept_out(keys: Sequence[str], num_images: int) -> torch.Tensor:
+    """Which images of a batch mass fidelity does not train on, by the keys of their photos: (num_images,), bool."""
+    chosen = [zlib.crc32(key.encode()) % KEPT_OUT == 0 for key in keys]
+    return torch.tensor(chosen or [False] * num_images)
+
+
+def explained_variance(count: float, total: float, squares: float, errors: float) -> float:
+    """R2 of predictions: 1 - sum (y - y')^2 / sum (y - mean y)^2; NaN where the values do not vary.
+
+    Args:
+        count, total, squares: number, sum and sum of the squares of the values y; errors: sum of (y - y')^2.
+    """
+    variance = squares - total**2 / count if count else 0.0
+    return 1 - errors / variance if variance > 0 else math.nan
 
 
 def describe_predictions(pooled: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:

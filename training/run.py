@@ -345,7 +345,8 @@ def optimize(
     end = {"epochs": args.epochs, "max_steps": args.max_steps, "num_images": args.epochs * data.num_images}
     steps = Steps(accelerator, data.loader, progress, place, session.interruption, session.bad_images, **end)
     accelerator.init_trackers("logs", {name: str(value) for name, value in asdict(args).items()})
-    logger = MetricLogger(accelerator, model.config.stream_layers, args.log_steps, steps.num_images, progress.images)
+    names = model.config.stream_layers, model.config.evidence_queries or []
+    logger = MetricLogger(accelerator, *names, args.log_steps, steps.num_images, progress.images)
     for step in steps:
         sums, rate = update(step)
         logger.log(progress, sums, step.images, rate)

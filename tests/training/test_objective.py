@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from castream.data.masks import draw_backgrounds, draw_masks, scale_to_unit
-from castream.training.objective import Objective, attention_entropy, describe_predictions, random_masks
+from castream.training.objective import (
+    Objective,
+    attention_entropy,
+    describe_predictions,
+    explained_variance,
+    kept_out,
+    random_masks,
+)
 from transformers import ResNetConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
@@ -287,11 +294,48 @@ def test_mass_fidelity_is_the_cross_entropy_of_what_survives_by_the_mass_that_is
 def test_mass_fidelity_trains_evidence_stream_and_surrogates_only(batch):
     objective = fidelity_objective()
     result = objective(batch | {"seed": torch.arange(5)})
-    assert {"r2_memory", "r2_constant"} <= set(result)
+    assert result["fidelity"].shape == (2, 4)
     result["loss"].backward()
     moved = {name for name, parameter in objective.named_parameters() if parameter.grad is not None}
     assert all(name.startswith(("model.evidence.", "model.castream.stream.", "surrogates.")) for name in moved)
     assert {"model.evidence.memory.bias", "model.castream.stream.query", "surrogates.constant.linear.bias"} <= moved
+
+
+def test_photos_kept_out_of_mass_fidelity_give_no_gradient_and_tell_how_well_it_predicts(batch):
+    objective = fidelity_objective()
+    keys = [f"0:{number}" for number in range(100)]
+    chosen = [key for key, out in zip(keys, kept_out(keys, 100).tolist(), strict=True) if out]
+    assert 4 <= len(chosen) <= 20 and not kept_out([], 3).any()
+    others = [key for key in keys if key not in chosen]
+    features = objective.extract(batch | {"seed": torch.arange(5)})
+    all_out = objective({"features": features, "keys": chosen[:1] * 5})
+    none_out = objective({"features": features, "keys": others[:5]})
+    assert torch.equal(none_out["fidelity"], torch.zeros(2, 4))
+    all_out["loss"].backward()
+    assert all(not parameter.grad.any() for parameter in objective.surrogates.parameters())
+
+    survival = features["fidelity"][0][1]
+    count, total, squares, _ = all_out["fidelity"][0].tolist()
+    assert (count, total) == (survival[:, 0].numel(), pytest.approx(survival[:, 0].sum().item(), rel=1e-5))
+    assert squares == pytest.approx(survival[:, 0].square().sum().item(), rel=1e-5)
+    first_three, last_two = (
+        objective({"features": take(features, part), "keys": chosen[:1] * len(part)})["fidelity"]
+        for part in ([0, 1, 2], [3, 4])
+    )
+    torch.testing.assert_close(first_three + last_two, all_out["fidelity"])
+
+
+def take(features, items):
+    """The items of extracted features."""
+    parts = {kind: tuple(one[items] for one in maps) for kind, (maps, _) in features.items()}
+    return {kind: (maps, None) for kind, maps in parts.items()}
+
+
+def test_explained_variance_by_hand():
+    values, predictions = [1.0, 0.0, 1.0, 0.0], [0.75, 0.25, 0.75, 0.25]
+    errors = sum((value - prediction) ** 2 for value, prediction in zip(values, predictions, strict=True))
+    assert explained_variance(4, sum(values), sum(value**2 for value in values), errors) == pytest.approx(0.75)
+    assert math.isnan(explained_variance(2, 2.0, 2.0, 0.5)) and math.isnan(explained_variance(0, 0, 0, 0))
 
 
 def test_mass_fidelity_is_refused_where_it_means_nothing(tiny_model):
