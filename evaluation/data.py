@@ -8,12 +8,15 @@ run.
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from castream.data.decoding import open_image, open_mask
 from castream.data.files import file_name
 from castream.data.labels import UnknownClassesError, class_ids
 from castream.data.opening import Split, describe_dataset, fingerprint
 from PIL import Image
+
+from modeling_castream.preprocessing_castream import image_mode, picture, pixel_scale, process
 
 from .localization import box_mask
 from .masking import normalize_images
@@ -62,28 +65,28 @@ class Block:
 
 
 class Preprocessor:
-    """An image processor, and the affine map between its output and pixel space.
+    """An image processor, and the affine map between its output and pixel space, which is measured.
 
-    The map is measured on a black and a white image rather than read from the processor's attributes, so that every
-    processor works whose normalisation is one scale and one offset a channel, whatever it calls them.
+    Args:
+        num_channels: of the network's input: one gets grey pictures, four those with an alpha channel.
+
+    Raises:
+        ValueError: where the processor shows the network nothing of an image.
     """
 
-    def __init__(self, image_processor):
+    def __init__(self, image_processor, num_channels: int = 3):
         self.image_processor = image_processor
-        black, white = (self._process([Image.new("RGB", (256, 256), (v, v, v))])[0] for v in (0, 255))
-        self.size = tuple(black.shape[1:])
-        row, column = black.shape[1] // 2, black.shape[2] // 2
-        low, high = black[:, row, column], white[:, row, column]
-        self.std = (1 / (high - low)).tolist()
-        self.mean = (-low / (high - low)).tolist()
+        self.mode = image_mode(image_processor, num_channels)
+        self.mean, self.std = pixel_scale(image_processor, num_channels)
+        self.size = tuple(self._process(Image.new(self.mode, (256, 256))).shape[1:])
 
-    def _process(self, images: list[Image.Image]) -> list[torch.Tensor]:
-        pixel_values = [self.image_processor(image, return_tensors="pt")["pixel_values"][0] for image in images]
-        return [torch.as_tensor(value, dtype=torch.float32) for value in pixel_values]
+    def _process(self, image: Image.Image) -> torch.Tensor:
+        shown = image if image.mode == self.mode else image.convert(self.mode)
+        return torch.as_tensor(process(self.image_processor, shown), dtype=torch.float32)
 
     def normalized(self, images: list[Image.Image]) -> torch.Tensor:
         """The network's input, (batch_size, num_channels, height, width)."""
-        processed = self._process(images)
+        processed = [self._process(image) for image in images]
         shapes = {tuple(image.shape) for image in processed}
         if len(shapes) > 1:
             raise ValueError(
@@ -104,7 +107,7 @@ class Preprocessor:
 
     def mask(self, mask: Image.Image) -> torch.Tensor:
         """A mask (height, width), boolean, resized and cropped as its image is."""
-        processed = self.to_pixel_space(self.normalized([mask.convert("RGB")]))
+        processed = self.to_pixel_space(self.normalized([picture(np.asarray(mask), self.mode)]))
         return processed[0].mean(0) > 0.5
 
 

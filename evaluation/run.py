@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from castream.artifacts.models import fingerprint_model
 from tqdm import tqdm
 
+from modeling_castream.backbone_castream import num_input_channels
 from modeling_castream.features_castream import evaluating
 
 from .block import evaluate_block
@@ -71,7 +72,8 @@ def evaluate_saliency(
     examples = read_examples(examples, dataset_name, model.config.id2label)
     _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
-    run = _Run(model, Preprocessor(image_processor), examples, settings, accelerator, store)
+    preprocessor = Preprocessor(image_processor, num_input_channels(model.config))
+    run = _Run(model, preprocessor, examples, settings, accelerator, store)
     report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
     run.write(report)
     return report
@@ -252,7 +254,7 @@ class _Run:
                 for (method, pooling, matched), saliency in maps.items()
                 if not matched
             }
-            arrays["image"] = (255 * block.images[place]).round().byte().permute(1, 2, 0).numpy()
+            arrays["image"] = _to_rgb(block.images[place])
             arrays["title"] = np.array(self._title(index, rows))
             if block.masks[place] is not None:
                 arrays["mask"] = block.masks[place].numpy()
@@ -342,6 +344,12 @@ def _naming(block: Block) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"images {block.ids[0]} to {block.ids[-1]}: {error}") from None
+
+
+def _to_rgb(image: torch.Tensor) -> np.ndarray:
+    """An image (num_channels, height, width) in [0, 1] as it is shown, uint8 (height, width, 3)."""
+    channels = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)  # without opacity; grey
+    return (255 * channels).round().byte().permute(1, 2, 0).numpy()
 
 
 def _shorten(label: str, width: int = 18) -> str:

@@ -41,25 +41,30 @@ def process(image_processor, image: Image.Image) -> np.ndarray:
     return np.asarray(image_processor(images=image, return_tensors="pt")["pixel_values"][0], dtype=np.float64)
 
 
-def pixel_scale(image_processor) -> tuple[list[float], list[float]]:
+def pixel_scale(image_processor, num_channels: int | None = None) -> tuple[list[float], list[float]]:
     """Mean and standard deviation per channel: the network's input is (image - mean) / std for an image in [0, 1].
+
+    In single precision, as the processor computes.
+
+    Args:
+        num_channels: as in `image_mode`.
 
     Raises:
         ValueError: where the input is the same for a black and for a white image.
     """
-    low, high = _black_and_white(image_processor)
+    mode = image_mode(image_processor, num_channels)
+    low, high = (one.astype(np.float32) for one in _black_and_white(image_processor, mode))
     return (-low / (high - low)).tolist(), (1 / (high - low)).tolist()
 
 
-def _picture(pixels: np.ndarray, mode: str) -> Image.Image:
+def picture(pixels: np.ndarray, mode: str) -> Image.Image:
     """An image with the same values, uint8 (height, width), in every channel of its mode."""
     return Image.merge(mode, [Image.fromarray(pixels)] * len(mode)) if mode != "L" else Image.fromarray(pixels)
 
 
-def _black_and_white(image_processor) -> tuple[np.ndarray, np.ndarray]:
+def _black_and_white(image_processor, mode: str) -> tuple[np.ndarray, np.ndarray]:
     """What becomes of a black and of a white pixel, each (num_channels,)."""
-    mode = image_mode(image_processor)
-    black, white = (process(image_processor, _picture(np.full((256, 256), v, np.uint8), mode)) for v in (0, 255))
+    black, white = (process(image_processor, picture(np.full((256, 256), v, np.uint8), mode)) for v in (0, 255))
     span = np.abs(white - black).min(0)
     if not (np.isfinite(span).all() and span.max() > 0):
         raise ValueError("image_processor shows the model nothing: white is processed as black is.")
@@ -78,13 +83,13 @@ def visible_box(image_processor, width: int, height: int) -> Box:
     Raises:
         ValueError: where the processor shows nothing of an image.
     """
-    low, high = (one[:, None, None] for one in _black_and_white(image_processor))
     mode = image_mode(image_processor)
+    low, high = (one[:, None, None] for one in _black_and_white(image_processor, mode))
 
     def shown(ramp: np.ndarray) -> np.ndarray:
         """Processed values in [0, 1], (rows, columns), of an image of these: (1, width) or (height, 1)."""
         pixels = np.broadcast_to((255 * ramp.clip(0, 1)).round().astype(np.uint8), (height, width))
-        return ((process(image_processor, _picture(pixels, mode)) - low) / (high - low)).mean(0)
+        return ((process(image_processor, picture(pixels, mode)) - low) / (high - low)).mean(0)
 
     x, y = np.linspace(0, 1, width)[None], np.linspace(0, 1, height)[:, None]
     shown_x, shown_y = shown(x), shown(y)
@@ -148,4 +153,4 @@ def _edges(profile: np.ndarray, seen: np.ndarray, count: int, size: int) -> tupl
     return float(first - slope / 2), float(first + slope * (count - 0.5))
 
 
-__all__ = ["Box", "pixel_scale", "process", "visible_box"]
+__all__ = ["Box", "image_mode", "picture", "pixel_scale", "process", "visible_box"]

@@ -21,12 +21,8 @@ SLOW = {
     *("timm:resnext26ts", "timm:resnext50_32x4d", "timm:wide_resnet50_2", "timm:resnetv2_50", "timm:regnety_002"),
     *("timm:regnetz_005", "timm:densenet121", "timm:mobilenetv3_large_100", "timm:swinv2_tiny_window8_256"),
     *("timm:swin_tiny_patch4_window7_224", "timm:efficientnet_b0", "timm:resnet18", "timm:convnextv2_atto"),
-    *(
-        "torchvision:resnet50",
-        "torchvision:convnext_tiny",
-        "torchvision:efficientnet_b0",
-        "torchvision:efficientnet_b5",
-    ),
+    *("timm:regnetx_002", "torchvision:resnet50", "torchvision:convnext_tiny", "torchvision:efficientnet_b0"),
+    "torchvision:efficientnet_b5",
 }
 QUICK_ROWS = [row for row in ROWS if row not in SLOW]
 PARAMETERS = [pytest.param(row, marks=pytest.mark.slow if row in SLOW else ()) for row in ROWS]
