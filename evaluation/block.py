@@ -296,9 +296,9 @@ def evaluate_block(scorer: Scorer, block: Block) -> tuple[list[dict], dict]:
         if "ca" in settings.poolings and "raw_attention" not in settings.methods:  # it is in the picture all the same
             attention = _explain(scorer, items.features, items.target, "raw_attention")["ca"]
             maps["raw_attention", "ca", False] = attention
-    rows = []
+    rows, localization = [], _localize(scores, items, block, settings)
     for row in table_rows(settings):
-        columns = _row_columns(row, scorer, items, scores[row.map_key], block)
+        columns = _row_columns(row, scorer, items, scores[row.map_key], block) | localization[id(scores[row.map_key])]
         columns["empty_map"] = empty_maps(maps[row.map_key]).tolist()
         if row.control == "" and (row.method, row.pooling) in correlations:
             columns["randomization_correlation"] = correlations[row.method, row.pooling]
@@ -342,9 +342,14 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
         columns[name] = PERTURBATION_FUNCTIONS[name](classes, items.answer.cpu().numpy(), average=False)
     if "sparsity" in settings.metrics:
         columns["sparsity"] = sparsity(scores.saliency).tolist()
-    if settings.localization_metrics:
-        columns |= _localization_columns(scores.saliency.cpu(), [block.masks[place] for place in places], settings)
     return columns
+
+
+def _localize(scores: dict, items: Items, block: Block, settings: EvaluationSettings) -> dict[int, dict[str, list]]:
+    """Localisation of each map once, by the id of its scores, which poolings share."""
+    masks = [block.masks[place] for place in items.image.tolist()]
+    distinct = {id(one): one for one in scores.values()}
+    return {key: _localization_columns(one.saliency.cpu(), masks, settings) for key, one in distinct.items()}
 
 
 def _localization_columns(saliency: torch.Tensor, masks: list, settings: EvaluationSettings) -> dict[str, list]:

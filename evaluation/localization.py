@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 
 def mask_share(saliency: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -54,7 +55,9 @@ def pixel_precision(saliency: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     _check(saliency, mask)
     ascending, order = saliency.flatten(1).sort(dim=1)
     inside = mask.flatten(1).gather(1, order).double()
-    first = torch.searchsorted(ascending, ascending)  # of the equally salient pixels
+    place = torch.arange(ascending.shape[1], device=saliency.device)
+    starts = F.pad(ascending[:, 1:] != ascending[:, :-1], (1, 0), value=True)
+    first = torch.where(starts, place, 0).cummax(dim=1).values  # of the equally salient pixels
     pixels = (ascending.shape[1] - first).double()
     inside_above = inside.flip(1).cumsum(1).flip(1).gather(1, first)
     return (inside * inside_above / pixels).sum(1) / inside.sum(1)

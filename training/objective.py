@@ -3,11 +3,12 @@
     cross_entropy   CE(CA(x), y)                                                       needs labels
     distill         KL(GAP(x) || CA(x))                                                needs none
     masked_distill  KL(GAP(x) || CA(x)) + CE(CA(x * r), argmax GAP(x))                 needs none
-    mass_fidelity   KL(GAP(x) || CA(x)) + KL(GAP(x) || CA(x_1)) + sum_e fidelity(e)    needs none
+    mass_fidelity   KL(GAP(x) || CA(x)) + KL(GAP(x) || CA(x_k)) + sum_e fidelity(e)    needs none
 
-GAP(x) are the logits of the same network under global average pooling, r a random soft mask. Where the logits are
-sigmoids' (several labels per image, or a single logit), BCE takes the place of CE, the teacher's probabilities that of
-its argmax, and the binary KL that of KL. A regression has the squared error to the teacher in the place of them all.
+GAP(x) are the logits of the same network under global average pooling, r a random soft mask, x_k one of the masked
+views of mass fidelity. Where the logits are sigmoids' (several labels per image, or a single logit), BCE takes the
+place of CE, the teacher's probabilities that of its argmax, and the binary KL that of KL. A regression has the squared
+error to the teacher in the place of them all.
 
 Mass fidelity trains the model's evidence blocks e: the mass that a mask m_k keeps shall predict how much of the
 prediction survives the masked view x_k,
@@ -139,8 +140,9 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _extract_fidelity(self, batch: dict) -> dict[str, Features]:
-        """Features of the view and of its first masked view; and of all masked views the masks, at the resolution of
-        the evidence map, and what survives of the prediction, (batch_size, 2, num_masks): in p and in KL."""
+        """Features of the view and of one of its masked views, by the sample's seed; and of all masked views the masks,
+        at the resolution of the evidence map, and what survives of the prediction, (batch_size, 2, num_masks): in p and
+        in KL."""
         pixel_values = self.normalize(batch["images"])
         view = self.model.castream.extract_features(pixel_values)
         maps = self.model.castream.evidence_features(view[0])
@@ -148,15 +150,17 @@ class Objective(nn.Module):
         masks = draw_masks(batch["seed"], self._saliency(maps[-1], clean), self.mask_kinds, pixel_values.shape[2:])
         backgrounds = make_backgrounds(pixel_values, self.mask_backgrounds, self.mean, self.std)
         chosen = draw_backgrounds(batch["seed"], len(self.mask_kinds), self.mask_backgrounds).to(pixel_values.device)
-        items, survival, first = torch.arange(len(chosen), device=pixel_values.device), [], None
+        items, survival, kept_view = torch.arange(len(chosen), device=pixel_values.device), [], None
+        which = batch["seed"].to(items.device) % len(self.mask_kinds)
         for number in range(len(self.mask_kinds)):
             shown = masks[:, number : number + 1].to(pixel_values.dtype)
             masked = torch.lerp(backgrounds[chosen[:, number], items], pixel_values, shown)
             features = self.model.castream.extract_features(masked.contiguous(memory_format=torch.channels_last))
-            first = (features[0][-len(self.model.castream.stream.blocks) :], features[1]) if first is None else first
+            features_of_stream = features[0][-len(self.model.castream.stream.blocks) :], features[1]
+            kept_view = _replace_items(kept_view, features_of_stream, which == number)
             survival.append(self._survival(clean, self._teacher(features)))
         kept = F.adaptive_avg_pool2d(masks, maps[0].shape[2:])
-        return {"view": view, "masked": first, "fidelity": ((kept, torch.stack(survival, dim=2)), None)}
+        return {"view": view, "masked": kept_view, "fidelity": ((kept, torch.stack(survival, dim=2)), None)}
 
     def _teacher(self, features: Features) -> torch.Tensor:
         """The source classifier's logits, float32."""
@@ -295,6 +299,16 @@ class Objective(nn.Module):
 def _binary_cross_entropy(logits: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
     """Mean over labels, summed over images."""
     return F.binary_cross_entropy_with_logits(logits, probabilities, reduction="none").mean(-1).sum()
+
+
+def _replace_items(features: Features | None, others: Features, chosen: torch.Tensor) -> Features:
+    """Features with those of other images at the `chosen` places, (batch_size,) bool; `others` where there are none."""
+    if features is None:
+        return others
+    (maps, cls_token), (other_maps, other_cls_token) = features, others
+    places = chosen.nonzero().flatten()
+    maps = tuple(one.index_copy(0, places, other[places]) for one, other in zip(maps, other_maps, strict=True))
+    return maps, None if cls_token is None else cls_token.index_copy(0, places, other_cls_token[places])
 
 
 class Surrogate(nn.Module):

@@ -301,6 +301,16 @@ def test_mass_fidelity_trains_evidence_stream_and_surrogates_only(batch):
     assert {"model.evidence.memory.bias", "model.castream.stream.query", "surrogates.constant.linear.bias"} <= moved
 
 
+def test_the_stream_learns_from_one_masked_view_of_each_kind_in_turn(batch):
+    objective = fidelity_objective()
+    seeds = torch.tensor([0, 1, 2, 3, 6])
+    features = objective.extract(batch | {"seed": seeds})
+    clean, masked = (objective._teacher(features[kind]) for kind in ("view", "masked"))
+    survival = features["fidelity"][0][1]
+    which = seeds % survival.shape[2]
+    torch.testing.assert_close(objective._survival(clean, masked), survival[torch.arange(5), :, which])
+
+
 def test_photos_kept_out_of_mass_fidelity_give_no_gradient_and_tell_how_well_it_predicts(batch):
     objective = fidelity_objective()
     keys = [f"0:{number}" for number in range(100)]
