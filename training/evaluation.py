@@ -14,6 +14,7 @@ from castream.data.decoding import DECODING_ERRORS, read_image
 from castream.data.opening import Split
 from castream.data.transforms import ImageTransform
 from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation.settings import LOCALIZATION_METRICS
 
 from modeling_castream import CAStreamForImageClassification
 
@@ -95,7 +96,7 @@ def evaluate(
     Args:
         names: `model_name` and `dataset_name`, for the report.
     """
-    masks = ("mask_share", "pointing_game") if held_out.has_masks else ()
+    masks = LOCALIZATION_METRICS if held_out.has_masks else ()
     settings = replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *masks))))
     report = evaluate_saliency(model.eval(), image_processor, held_out, settings, str(folder), accelerator, **names)
     accelerator.print("\n" + report.markdown())
