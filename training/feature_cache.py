@@ -19,8 +19,6 @@ from safetensors import safe_open
 from safetensors.torch import save as save_tensors
 from tqdm import tqdm
 
-from modeling_castream.folding_castream import folding
-
 from .logging import BadImages
 from .loop import InterruptedRun, Interruption, to_device
 from .objective import Features, Objective
@@ -195,7 +193,7 @@ class FeatureCache:
             return
         shard, written = _Shard(self.folder, prefix, len(files)), len(loader.bad)
         for batch, after in loader.epoch(view, state):
-            with torch.no_grad(), accelerator.autocast(), folding():
+            with torch.no_grad(), accelerator.autocast():
                 features = objective.extract(to_device(batch, accelerator.device))
             tensors = _pack(features, batch)
             self._check_size(tensors, len(batch["keys"]))

@@ -158,8 +158,8 @@ def _pooled_features(accelerator: Accelerator, objective: Objective, batches: It
     for batch, _ in batches:
         batch = to_device(batch, accelerator.device)
         with accelerator.autocast():
-            features = batch["features"] if "features" in batch else objective.extract(batch)
-        feature_maps, cls_token = features["view"]
+            view = batch["features"]["view"] if "features" in batch else objective.extract_view(batch)
+        feature_maps, cls_token = view
         read = objective.model.readout(feature_maps[-1].float().mean((2, 3)), cls_token)
         found.append((read.float().cpu(), batch["labels"].cpu()))
     gathered = gather_object(found) if accelerator.num_processes > 1 else found

@@ -31,6 +31,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
+from modeling_castream.folding_castream import folding
+
 ENTROPY_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
 
 FIDELITY_TARGETS = {"memory": 0, "constant": 1}  # which survival each evidence block predicts
@@ -129,14 +131,19 @@ class Objective(nn.Module):
         """
         if self.loss == "mass_fidelity":
             return self._extract_fidelity(batch)
-        images = batch["images"]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone):
-            features = {"view": self.model.castream.extract_features(self.normalize(images))}
-            if self.uses_masks:
-                size = features["view"][0][-1].shape[2:]
-                masks = random_masks(batch["noise"].float(), size, images.shape[2:])
-                features["masked"] = self.model.castream.extract_features(self.normalize(images, masks))
+        images, features = batch["images"], {"view": self.extract_view(batch)}
+        if self.uses_masks:
+            masks = random_masks(batch["noise"].float(), features["view"][0][-1].shape[2:], images.shape[2:])
+            features["masked"] = self._run_backbone(self.normalize(images, masks))
         return features
+
+    def extract_view(self, batch: dict) -> Features:
+        """The backbone's part of the unmasked view alone; `batch` as `extract` takes it."""
+        return self._run_backbone(self.normalize(batch["images"]))
+
+    def _run_backbone(self, pixel_values: torch.Tensor) -> Features:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone), folding():
+            return self.model.castream.extract_features(pixel_values)
 
     @torch.no_grad()
     def _extract_fidelity(self, batch: dict) -> dict[str, Features]:
@@ -144,7 +151,7 @@ class Objective(nn.Module):
         at the resolution of the evidence map, and what survives of the prediction, (batch_size, 2, num_masks): in p and
         in KL."""
         pixel_values = self.normalize(batch["images"])
-        view = self.model.castream.extract_features(pixel_values)
+        view = self._run_backbone(pixel_values)
         maps = self.model.castream.evidence_features(view[0])
         clean = self._teacher(view)
         masks = draw_masks(batch["seed"], self._saliency(maps[-1], clean), self.mask_kinds, pixel_values.shape[2:])
@@ -155,7 +162,7 @@ class Objective(nn.Module):
         for number in range(len(self.mask_kinds)):
             shown = masks[:, number : number + 1].to(pixel_values.dtype)
             masked = torch.lerp(backgrounds[chosen[:, number], items], pixel_values, shown)
-            features = self.model.castream.extract_features(masked.contiguous(memory_format=torch.channels_last))
+            features = self._run_backbone(masked.contiguous(memory_format=torch.channels_last))
             features_of_stream = features[0][-len(self.model.castream.stream.blocks) :], features[1]
             kept_view = _replace_items(kept_view, features_of_stream, which == number)
             survival.append(self._survival(clean, self._teacher(features)))

@@ -260,12 +260,15 @@ def train(
     objective = Objective(model, *pixels, **loss, **masks).to(accelerator.device)
     trained |= {f"surrogates.{name}": parameter for name, parameter in objective.surrogates.named_parameters()}
 
-    data = open_data(args, session, objective, split, image_processor)
+    opened = args, session, objective, split, image_processor
+    if needs_fit and args.objective == "mass_fidelity":  # what masks leave of a prediction is the classifier's affair
+        fit(session, objective, image_processor, open_data(*opened, quiet=True))
+        needs_fit = False
+    data = open_data(*opened)
+    if args.cache_features:
+        data = cache_features(args, session, objective, data)
     if needs_fit:
-        fit_classifier(accelerator, objective, data.loader.epoch(0))
-        if accelerator.is_main_process:
-            save_model(folder.initial, model, image_processor)
-        accelerator.wait_for_everyone()
+        fit(session, objective, image_processor, data)
 
     pictured = first_batches(objective, held_out, ImageTransform(image_processor, "none"), accelerator.device)
     facts = {"entropy_before": measure_entropy(model, pictured)}
@@ -277,6 +280,14 @@ def train(
             facts |= {"progress": asdict(progress), "entropy_images": ENTROPY_IMAGES}
             save_model(folder.model, model, image_processor, facts)
         accelerator.wait_for_everyone()
+
+
+def fit(session: Session, objective: Objective, image_processor, data: "Data") -> None:
+    """Fit the classifier on the training images, and keep the model, so that a killed run does not do it again."""
+    fit_classifier(session.accelerator, objective, data.loader.epoch(0))
+    if session.accelerator.is_main_process:
+        save_model(session.folder.initial, objective.model, image_processor)
+    session.accelerator.wait_for_everyone()
 
 
 class Data(NamedTuple):
@@ -292,8 +303,15 @@ class Data(NamedTuple):
     num_images: int
 
 
-def open_data(args: TrainingArguments, session: Session, objective: Objective, split: Split, image_processor) -> Data:
-    """Who reads what; a frozen backbone's part of it only once, if the settings say so.
+def open_data(
+    args: TrainingArguments,
+    session: Session,
+    objective: Objective,
+    split: Split,
+    image_processor,
+    quiet: bool = False,
+) -> Data:
+    """The training images, and who reads which of them, which is told unless `quiet`.
 
     Raises:
         ValueError: where the size of the split is unknown, or a process would have nothing to read.
@@ -304,7 +322,8 @@ def open_data(args: TrainingArguments, session: Session, objective: Objective, s
     workers = min(MAX_WORKERS, max(0, own_cpus() - 1)) if args.num_workers is None else args.num_workers
     world, rank = accelerator.num_processes, accelerator.process_index
     plan = ShardPlan(split.stream.num_shards, world, max(1, workers), args.seed, by_rows=split.unsplittable)
-    accelerator.print(f"data: {plan.describe(num_rows)}")
+    if not quiet:
+        accelerator.print(f"data: {plan.describe(num_rows)}")
     classes = num_classes(objective.model.config)
     settings = ReaderSettings(args.batch_size, args.shuffle_window, args.interleave, args.views, classes, args.seed)
     transform = ImageTransform(image_processor, args.augmentation)
@@ -312,13 +331,17 @@ def open_data(args: TrainingArguments, session: Session, objective: Objective, s
     layout = {"processes": world, "readers": plan.busy_workers, "shards": plan.num_shards}
     layout |= {"cached": args.cache_features, "batch_size": args.batch_size, "precision": accelerator.mixed_precision}
     layout |= {"masks": [*args.mask_kinds, *args.mask_backgrounds]} if args.objective == "mass_fidelity" else {}
-    if args.cache_features:
-        cache = FeatureCache(session.folder.features, args.views, num_rows, args.cache_limit_gib * 2**30)
-        cache.prepare(accelerator, layout)
-        cache.build(accelerator, objective, loader, session.interruption, session.bad_images)
-        loader = cache.open(accelerator, args.batch_size, args.seed, session.bad_images)
-        num_rows = len(loader)
     return Data(loader, layout, num_rows)
+
+
+def cache_features(args: TrainingArguments, session: Session, objective: Objective, data: Data) -> Data:
+    """The frozen backbone's features of the training images, computed once, in the images' place."""
+    accelerator = session.accelerator
+    cache = FeatureCache(session.folder.features, args.views, data.num_images, args.cache_limit_gib * 2**30)
+    cache.prepare(accelerator, data.layout)
+    cache.build(accelerator, objective, data.loader, session.interruption, session.bad_images)
+    loader = cache.open(accelerator, args.batch_size, args.seed, session.bad_images)
+    return Data(loader, data.layout, len(loader))
 
 
 def optimize(

@@ -16,6 +16,7 @@ import pytest
 import torch
 from castream.publishing import PublishError
 from castream.training.arguments import TrainingArguments
+from castream.training.feature_cache import FeatureCache
 from castream.training.logging import MetricLogger
 from castream.training.loop import InterruptedRun, Interruption
 from castream.training.run import EXIT_INTERRUPTED, main
@@ -102,6 +103,20 @@ def test_a_run_killed_twice_is_the_uninterrupted_run(run, options, tmp_path, cha
         assert torch.equal(tensor, weights(killed)[name]), name
     assert layout(whole["output_dir"]) == layout(killed["output_dir"])
     assert not any(name.endswith(".partial") for name in layout(killed["output_dir"]))
+
+
+def test_a_classifier_is_fitted_before_masks_are_shown_to_it(run, options, monkeypatch):
+    """What survives of an unfitted classifier's predictions would be cached as the evidence blocks' target."""
+    build, fitted = FeatureCache.build, []
+
+    def look(cache, accelerator, objective, *others):
+        fitted.append(objective.model.classifier.weight.detach().clone())
+        build(cache, accelerator, objective, *others)
+
+    monkeypatch.setattr(FeatureCache, "build", look)
+    fidelity = {"objective": "mass_fidelity", "evidence_queries": ["memory"], "mask_kinds": ["soft", "blob"]}
+    assert run(options | fidelity | {"classifier": "fit", "cache_features": True, "views": 1, "epochs": 1})
+    assert torch.equal(fitted[0], weights(options)["classifier.weight"])
 
 
 def test_the_stream_learns_and_nothing_else_moves(run, options, tiny_model):
