@@ -1,7 +1,7 @@
 """Labels: which column holds them, what the classes are called, and which of the model's classes they are.
 
 Names decide. Numbers are compared only where one side has no names (`LABEL_3`, `n01440764`, `7`), or where both have as
-many classes and no name stands at another place; and then it is said.
+many classes and the same names but for those that several classes share (ImageNet's cranes); and then it is said.
 """
 
 import re
@@ -76,7 +76,8 @@ def match_classes(ours: Sequence[str], theirs: Sequence[str], source: str) -> Cl
     placeholders = theirs == [f"LABEL_{number}" for number in range(len(theirs))]
     if placeholders and len(ours) <= len(theirs):
         return ClassMatch(None, _by_number_note(ours, theirs, source))
-    if len(ours) == len(theirs) and all(number == place for number, place in shared.items()) and (nameless or shared):
+    in_place = len(ours) == len(theirs) and all(number == place for number, place in shared.items())
+    if in_place and (nameless or (shared and not _contradict(ours, theirs))):
         return ClassMatch(None, _by_number_note(ours, theirs, source))
     raise _refusal(ours, theirs, shared, source)
 
@@ -90,6 +91,14 @@ def classes_fit(ours: Sequence[str], id2label: dict[int, str]) -> bool:
     return True
 
 
+def _contradict(ours: list[str], theirs: list[str]) -> bool:
+    """Whether at any place the two have different names, each of which is that of one class alone."""
+    ours, theirs = [_stem(name) for name in ours], [_stem(name) for name in theirs]
+    counts = Counter(ours), Counter(theirs)
+    pairs = zip(ours, theirs, strict=True)
+    return any(a != b and counts[0][a] == counts[1][b] == 1 for a, b in pairs)
+
+
 def _by_number_note(ours: list[str], theirs: list[str], source: str) -> str:
     number = next(number for number, name in enumerate(ours) if name != theirs[number])
     return (
@@ -99,7 +108,9 @@ def _by_number_note(ours: list[str], theirs: list[str], source: str) -> str:
 
 
 def _refusal(ours: list[str], theirs: list[str], shared: dict[int, int], source: str) -> ValueError:
-    unknown = [name for number, name in enumerate(ours) if number not in shared]
+    known = {_first_synonym(name) for name in theirs}
+    unknown = [name for name in ours if _first_synonym(name) not in known]
+    unknown = unknown or [name for number, name in enumerate(ours) if number not in shared]
     counts = f"{source} has {len(ours)} classes ({ours[0]}, ...), and the model {len(theirs)} ({theirs[0]}, ...)"
     if not shared:
         return UnknownClassesError(f"{counts}, and none is called alike: give them the same names.")
@@ -113,6 +124,11 @@ def _loosely(name: str) -> str:
 
 def _first_synonym(name: str) -> str:
     return _loosely(name.partition(",")[0])
+
+
+def _stem(name: str) -> str:
+    """A name without other synonyms, and without what tells classes of one name apart, as in "crane (n02012849)"."""
+    return _first_synonym(name.partition("(")[0].strip() or name)
 
 
 def _unique_places(names: list[str]) -> dict[str, int]:

@@ -32,6 +32,11 @@ def test_names_decide(ours, theirs, to_model):
     [
         (["n01440764", "n01443537"], ["tench", "goldfish"], "'n01440764' for 'tench'"),
         (["ant", "crane", "other crane"], ["ant", "crane", "crane"], "'other crane' for 'crane'"),
+        (
+            ["ant", "crane bird", "crane"],
+            ["ant", "crane (n02012849)", "crane (n03126707)"],
+            "'crane bird' for 'crane (",
+        ),
         (["ant", "bee"], ["LABEL_0", "LABEL_1"], "'ant' for 'LABEL_0'"),
         (["ant", "bee"], [f"LABEL_{index}" for index in range(5)], "'ant' for 'LABEL_0'"),
     ],
@@ -53,6 +58,20 @@ def test_one_shared_name_at_another_place_refutes_numbers(ours, theirs, unknown)
     with pytest.raises(ValueError, match=rf"^d has .*, but {unknown} is not one of the model's") as error:
         match_classes(ours, theirs, "d")
     assert not isinstance(error.value, UnknownClassesError)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "unknown"),
+    [
+        (["wasp", "cat", "dog"], ["bee", "cat", "dog"], "wasp"),
+        (["cat", "dog", "wasp"], ["cat", "dog", "bee"], "wasp"),
+        (["wasp", "cat", "fox"], ["bee", "Cat", "fox"], "wasp"),
+    ],
+)
+def test_one_name_that_differs_refutes_numbers(ours, theirs, unknown):
+    """A wasp is no bee, even where cats and dogs stand at their places."""
+    with pytest.raises(ValueError, match=rf"^d has 3 .*, but {unknown} is not one of the model's: give them the same"):
+        match_classes(ours, theirs, "d")
 
 
 def test_equal_counts_are_no_match():
