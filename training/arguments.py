@@ -102,6 +102,9 @@ class TrainingArguments:
     gradient_accumulation_steps: int = option(1, "forward passes per optimiser step")
     optimizer: Literal["adamw", "sgd"] = option("adamw", "adamw, or sgd with momentum 0.9")
     learning_rate: float = option(3e-3, "highest learning rate")
+    query_rate: float = option(
+        1.0, "learning rate of the stream's query, in learning_rate: unit_keys need long queries"
+    )
     weight_decay: float = option(1e-2, "decoupled for adamw")
     schedule: Literal["one_cycle", "cosine", "constant"] = option("one_cycle", "of the learning rate after its warm-up")
     warmup: float = option(0.1, "fraction of the run over which the learning rate rises")
@@ -139,7 +142,15 @@ class TrainingArguments:
 
     def _check_ranges(self) -> None:
         positive = ("epochs", "batch_size", "gradient_accumulation_steps", "learning_rate", "checkpoint_steps")
-        positive += ("keep_checkpoints", "log_steps", "interleave", "max_steps", "views", "train_examples")
+        positive += (
+            "query_rate",
+            "keep_checkpoints",
+            "log_steps",
+            "interleave",
+            "max_steps",
+            "views",
+            "train_examples",
+        )
         positive += ("num_attention_heads", "scenes_train", "scenes_validation", "evaluation_images")
         not_negative = ("weight_decay", "max_grad_norm", "mixup", "cutmix", "shuffle_window", "seed", "num_workers")
         not_negative += ("saliency_steps", "cache_limit_gib")

@@ -253,7 +253,7 @@ class Update:
         """
         rate = self.schedule(step.fraction)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1)
         batches = [self.mixer(batch, step.number - 1, part) for part, batch in enumerate(step.batches)]
         step = replace(step, batches=batches)
         sums = backward(self.accelerator, self.objective, step)

@@ -391,7 +391,7 @@ def make_update(
     args: TrainingArguments, accelerator: Accelerator, objective: Objective, trained: dict[str, torch.nn.Parameter]
 ) -> Update:
     """What one optimiser step does, by the settings."""
-    optimizer = make_optimizer(objective, args.optimizer, args.learning_rate, args.weight_decay)
+    optimizer = make_optimizer(objective, args.optimizer, args.learning_rate, args.weight_decay, args.query_rate)
     schedule = Schedule(args.schedule, args.learning_rate, args.warmup)
     num_labels, rank = objective.model.config.num_labels, accelerator.process_index
     mixer = Mixer(args.mixup, args.cutmix, num_labels, args.seed, rank)
@@ -399,9 +399,17 @@ def make_update(
     return Update(accelerator, objective, optimizer, schedule, mixer, average, args.max_grad_norm)
 
 
-def make_optimizer(model, kind: str, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum; weight decay for matrices, none for biases, norms and queries."""
+def make_optimizer(
+    model, kind: str, learning_rate: float, weight_decay: float, query_rate: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum; weight decay for matrices, none for biases, norms and queries; the stream's query
+    learns at `query_rate` times the rate."""
     groups = param_groups_weight_decay(model, weight_decay, no_weight_decay_list=["*stream.query"])
+    queries = [one for name, one in model.named_parameters() if name.endswith("stream.query") and one.requires_grad]
+    if queries and query_rate != 1:
+        known = {id(one) for one in queries}
+        groups = [group | {"params": [one for one in group["params"] if id(one) not in known]} for group in groups]
+        groups.append({"params": queries, "weight_decay": 0.0, "lr_scale": query_rate})
     if kind == "sgd":
         return torch.optim.SGD(groups, lr=learning_rate, momentum=0.9)
     return torch.optim.AdamW(groups, lr=learning_rate, fused=True)

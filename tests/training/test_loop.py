@@ -6,6 +6,7 @@ import pytest
 import torch
 from castream.training.checkpoint import Progress
 from castream.training.loop import Schedule, Steps, WeightAverage
+from castream.training.run import make_optimizer
 
 
 def rates(points, schedule="one_cycle", warmup=0.1):
@@ -108,3 +109,16 @@ def test_the_average_of_weights_by_hand():
     assert ema.averages["weight"].item() == pytest.approx(expected)
     ema.apply()
     assert weight.item() == pytest.approx(expected)
+
+
+def test_the_query_learns_at_its_own_rate():
+    model = torch.nn.Module()
+    model.stream = torch.nn.Module()
+    model.stream.query, model.stream.weight = (torch.nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    for rate, expected in ((1.0, {1e-2}), (10.0, {1e-2, 1e-1})):
+        optimizer = make_optimizer(model, "sgd", 1e-2, 0.0, rate)
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        assert sorted(map(id, parameters)) == sorted(map(id, model.parameters()))
+        assert {1e-2 * group.get("lr_scale", 1) for group in optimizer.param_groups if group["params"]} == expected
+    [group] = [group for group in optimizer.param_groups if "lr_scale" in group]
+    assert group["params"][0] is model.stream.query and group["weight_decay"] == 0
