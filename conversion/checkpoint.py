@@ -3,6 +3,7 @@
 import _codecs
 import argparse
 import re
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,23 +142,29 @@ def read_labels(path: str | Path) -> list[str]:
         raise ValueError(f"--labels {path} can't be read as text: {error}.") from None
 
 
-def plain_head(state: dict[str, torch.Tensor], classifier: str, checkpoint: str | Path) -> dict[str, torch.Tensor]:
+def plain_head(
+    state: dict[str, torch.Tensor], classifier: str, head: str, checkpoint: str | Path
+) -> dict[str, torch.Tensor]:
     """Weights with the classifier under its plain name, where the file has it behind dropout (`fc.1.weight`).
+
+    Args:
+        classifier: that name.
+        head: of the module that holds the classifier and no other weights; itself where there are others.
 
     Raises:
         ValueError: where the head has several layers, whose activation no file tells.
     """
     if f"{classifier}.weight" in state:
         return state
-    head = [key for key in state if re.fullmatch(rf"{re.escape(classifier)}\.(\w+\.)*weight", key)]
-    if not head:
+    found = [key for key in state if re.fullmatch(rf"{re.escape(head)}\.(\w+\.)*weight", key)]
+    if not found:
         raise ValueError(f"{checkpoint} has no {classifier}.weight. Its last weights: {', '.join(list(state)[-3:])}.")
-    if len(head) > 1:
+    if len(found) > 1:
         raise ValueError(
-            f"{checkpoint} has a head of several layers ({', '.join(head)}), and a file does not tell what lies "
+            f"{checkpoint} has a head of several layers ({', '.join(found)}), and a file does not tell what lies "
             "between them: heads of dropout and one linear layer convert."
         )
-    prefix = head[0].removesuffix("weight")
+    prefix = found[0].removesuffix("weight")
     return {re.sub(rf"^{re.escape(prefix)}", f"{classifier}.", key): value for key, value in state.items()}
 
 
@@ -167,6 +174,8 @@ def load_into(model: nn.Module, state: dict[str, torch.Tensor], checkpoint: str 
     Raises:
         ValueError: where the weights of `checkpoint` are not those of the network `name`.
     """
+    state = OrderedDict(state)
+    state._metadata = {"": {"version": model._version}}  # MNASNet asks for it, and a file's is gone
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

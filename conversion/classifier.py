@@ -14,7 +14,7 @@ from .parity import Parity, check_parity
 from .preprocessing import labels as name_labels
 from .source import Source
 from .timm_sources import describe, describe_wrapper, load_efficientnet_lite0, load_timm
-from .torchvision_families import load_torchvision
+from .torchvision_sources import load_torchvision
 from .transformers_families import describe_transformers, load_transformers
 
 _LABEL_FIELDS = ("num_labels", "id2label", "label2id")

@@ -21,27 +21,29 @@ from .checkpoint import load_checkpoint
 from .mapping import STREAM, load_renamed, rename
 from .preprocessing import labels
 from .source import Rules
-from .torchvision_families import ARCHITECTURES as NETWORKS
-from .torchvision_families import adapt_state, describe, num_classes, torchvision_processor
+from .torchvision_sources import classifier_of, network_config, torchvision_processor, weight_rules
 
+_RESNETS = tuple(f"resnet{depth}" for depth in (18, 34, 50, 101, 152))
+_CONVNEXTS = tuple(f"convnext_{size}" for size in ("tiny", "small", "base", "large"))
+_EFFICIENTNETS = tuple(f"efficientnet_b{size}" for size in range(8))
 ARCHITECTURES = (
-    *(f"{name}_stream" for name in NETWORKS),
-    *(f"{name}_final" for name in NETWORKS if name.startswith("resnet")),
+    *(f"{name}_stream" for name in (*_RESNETS, *_CONVNEXTS, *_EFFICIENTNETS)),
+    *(f"{name}_final" for name in _RESNETS),
 )
 _RESNET_BLOCKS = ("base", "l1", "l2", "l3", "l4")
 
 
 def _stream_layers(network: str) -> list[str] | None:
     """Where a stream reads, for the networks in which that is not all stages."""
-    if network.startswith("convnext"):
-        return ["stem", *(f"encoder.stages.{stage}.downsampling_layer" for stage in (1, 2)), "stage4"]
-    if network.startswith("efficientnet"):
-        return ["_backbone.bn1", *(f"_backbone.blocks.{stage}" for stage in range(7)), "neck"]
+    if network in _CONVNEXTS:
+        return [f"features.{layer}" for layer in (0, 2, 4, 7)]
+    if network in _EFFICIENTNETS:
+        return [f"features.{layer}" for layer in range(9)]
     return None
 
 
-def _stream_rules(network: str, variant: str) -> Rules:
-    """Names of the stream's weights."""
+def _rules(network: str, variant: str, classifier: str) -> Rules:
+    """Names of the weights."""
     rules: Rules = [
         (r"^cls_token$", f"{STREAM}query"),
         (r"^cls_stream\.(\d+)\.to_out\.1\.", rf"{STREAM}blocks.\1.projection."),
@@ -51,14 +53,18 @@ def _stream_rules(network: str, variant: str) -> Rules:
         rules += [
             (rf"^{name}\.to_out\.1\.", f"{STREAM}blocks.{index}.projection.") for index, name in enumerate(blocks)
         ]
-    return rules
+    return [*rules, *weight_rules(classifier)]
 
 
-def _config(architecture: str, state: dict[str, torch.Tensor], num_attention_heads: int) -> CAStreamConfig:
+def _config(
+    architecture: str, classifier: str, state: dict[str, torch.Tensor], num_attention_heads: int
+) -> CAStreamConfig:
     network, _, variant = architecture.rpartition("_")
+    if f"{classifier}.weight" not in state:
+        raise ValueError(f"it has no {classifier}.weight")
     return CAStreamConfig(
-        **describe(network)[0],
-        **labels(num_classes(network, state)),
+        backbone_config=network_config(network),
+        **labels(len(state[f"{classifier}.weight"])),
         variant=variant,
         stream_layers=_stream_layers(network),
         num_attention_heads=num_attention_heads,
@@ -91,10 +97,11 @@ def convert_official(
         raise ValueError(f"{checkpoint} has no cls_token: it is no CA-Stream checkpoint of the authors' code.")
     network, _, variant = architecture.rpartition("_")
     # Their ResNet-final calls the convolutions that torchvision calls conv1 by another name.
-    state = {key.replace("confinal.", "conv1."): value for key, value in adapt_state(network, state).items()}
+    state = {key.replace("confinal.", "conv1."): value for key, value in state.items()}
+    classifier, _ = classifier_of(network_config(network))
     try:
-        model = CAStreamForImageClassification(_config(architecture, state, num_attention_heads)).eval()
-        rules = [*_stream_rules(network, variant), *describe(network)[1]]
+        model = CAStreamForImageClassification(_config(architecture, classifier, state, num_attention_heads)).eval()
+        rules = _rules(network, variant, classifier)
         load_renamed(model, state, rename(list(state), rules, set(model.state_dict())))
     except ValueError as error:
         raise ValueError(f"{checkpoint} does not fit {architecture}: {error}") from None

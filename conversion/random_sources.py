@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from .parity import example_images
-from .torchvision_families import published_weights
+from .torchvision_sources import published_weights
 
 _LABELS = 7
 _SIZE = 64
@@ -114,7 +114,24 @@ _TIMM = (
     "swin_tiny_patch4_window7_224",
     "swinv2_tiny_window8_256",
 )
-TORCHVISION = ("resnet18", "resnet50", "convnext_tiny", "efficientnet_b0", "efficientnet_b5")
+TORCHVISION = (
+    "resnet18",
+    "resnet50",
+    "convnext_tiny",
+    "densenet121",
+    "efficientnet_b0",
+    "efficientnet_v2_s",
+    "googlenet",
+    "inception_v3",
+    "maxvit_t",
+    "mnasnet0_5",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "regnet_y_400mf",
+    "shufflenet_v2_x0_5",
+    "swin_t",
+    "swin_v2_t",
+)
 ROWS = (
     *(f"transformers:{family}" for family in TRANSFORMERS),
     *(f"timm:{name}" for name in _TIMM),

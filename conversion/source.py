@@ -10,7 +10,6 @@ from transformers import BaseImageProcessor
 
 # Where the parts of a CAStreamForImageClassification live in its state_dict.
 BACKBONE = "castream.backbone."
-TIMM_BACKBONE = "castream.backbone._backbone."
 NECK = "castream.neck."
 HEAD = "head."
 CLASSIFIER = "classifier."

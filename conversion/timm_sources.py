@@ -158,7 +158,7 @@ def _from_checkpoint(name: str, checkpoint: str, positional: bool, ema: bool | N
         state = dict(zip(names, state.values(), strict=True))
     classifier = template.pretrained_cfg["classifier"]
     classifier = classifier if isinstance(classifier, str) else classifier[0]
-    state = plain_head(state, classifier, checkpoint)
+    state = plain_head(state, classifier, classifier, checkpoint)
     if template.pretrained_cfg.get("fixed_input_size") and "input_size" in settings:
         arguments.setdefault("img_size", tuple(settings["input_size"][-2:]))
     model = timm.create_model(name, num_classes=len(state[f"{classifier}.weight"]), **arguments)

@@ -97,7 +97,7 @@ def _stage_names(backbone_config) -> list[str]:
 
 def is_whole_classifier(config) -> bool:
     """Whether the backbone of a CAStreamConfig is a pretrained classifier as it is, with its own head."""
-    return config.whole_classifier or config.backbone_config.model_type == "timm_wrapper"
+    return config.whole_classifier or config.backbone_config.model_type in ("timm_wrapper", "torchvision")
 
 
 def _resolve_network_layers(config) -> list[str]:
@@ -173,7 +173,9 @@ def build_backbone(config) -> nn.Module:
     if is_whole_classifier(config):
         names = config.backbone_config.features["layers"]
         backbone = build_network(config.backbone_config, config.num_labels)
-        backbone.inner_layers = [names.index(name) for name in stages[:-1]]
+        if backbone.captures_depths:
+            names = names[-1:]
+        backbone.inner_layers = [names.index(name) for name in stages[:-1] if name in names]
         _capture_submodules(backbone, next(backbone.children()), config.feature_layers, names)
         return backbone
     backbone = AutoBackbone.from_config(config.backbone_config)
@@ -310,5 +312,5 @@ def read_feature_maps(
 
 def is_channels_last(backbone: nn.Module) -> bool:
     """Whether a backbone yields (batch_size, height, width, num_channels): timm's Swin and its relatives."""
-    network = getattr(backbone, "_backbone", None) or getattr(backbone, "timm_model", None)
+    network = getattr(backbone, "_backbone", None) or getattr(backbone, "timm_model", None) or backbone
     return getattr(network, "output_fmt", "NCHW") == "NHWC"

@@ -46,6 +46,22 @@ def resolve_pooling(config, pooling: str | None) -> str:
     return pooling
 
 
+class TorchvisionConfig(PreTrainedConfig):
+    """A torchvision classifier as a backbone.
+
+    Args:
+        name: torchvision's, e.g. `"resnet50"`.
+        options: of `torchvision.models.get_model`, besides weights and number of classes.
+        image_size: height and width of the images that the network is made for.
+    """
+
+    model_type = "torchvision"
+
+    name: str = "resnet50"
+    options: dict | None = None
+    image_size: int = 224
+
+
 @strict
 class CAStreamConfig(PreTrainedConfig):
     r"""
@@ -162,7 +178,8 @@ class CAStreamConfig(PreTrainedConfig):
                 raise ValueError(
                     "backbone_config is a dictionary without 'model_type': add it, e.g. {'model_type': 'resnet', ...}."
                 )
-            self.backbone_config = AutoConfig.for_model(**self.backbone_config)
+            own = self.backbone_config["model_type"] == TorchvisionConfig.model_type  # no type of transformers
+            self.backbone_config = (TorchvisionConfig if own else AutoConfig.for_model)(**self.backbone_config)
         # The model narrows out_features to what the stream reads; the caller's object must not feel that.
         self.backbone_config = copy.deepcopy(self.backbone_config)
         super().__post_init__(**kwargs)

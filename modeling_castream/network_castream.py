@@ -25,6 +25,7 @@ class ClassifierNetwork:
     """
 
     num_prefix_tokens = 0
+    captures_depths = False  # whether depths before the last are outputs of submodules of their names
 
     def feature_maps(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         """Feature maps by name, each (batch_size, num_channels, height, width), the pooled one last."""
@@ -227,8 +228,12 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
         return vectors.reshape(*pooled.shape[:-1], -1)
 
 
-def build_network(config: PreTrainedConfig, num_labels: int) -> TimmNetwork | TransformersNetwork:
-    """The network of a config of timm's wrapper, or of one of the types of `HEADS`."""
+def build_network(config: PreTrainedConfig, num_labels: int) -> ClassifierNetwork:
+    """The network of a config of timm's wrapper, of torchvision, or of one of the types of `HEADS`."""
+    if config.model_type == "torchvision":
+        from .torchvision_castream import TorchvisionNetwork  # here, since it builds on this file
+
+        return TorchvisionNetwork(config, num_labels)
     return (TimmNetwork if config.model_type == "timm_wrapper" else TransformersNetwork)(config, num_labels)
 
 
@@ -248,6 +253,10 @@ def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
     with torch.device("meta"):
         network = build_network(config, num_labels).eval().to("meta")
         pixel_values = torch.empty(1, *network.image_shape)
+    if network.captures_depths:
+        channels = network.depths(pixel_values)
+        config.features = {"layout": "NCHW", "layers": list(channels)}
+        return list(channels.values())
     model = getattr(network, "timm_model", None)
     if model is None:
         features, maps = network.all_depths(pixel_values)

@@ -93,7 +93,7 @@ def test_final_variant_and_photos(tmp_path, capsys):
         ("timm:resnet_1000", "timm has no model"),
         ("torchvision:alexnet", "no global average pooling"),
         ("torchvision:vgg16", "no global average pooling"),
-        ("torchvision:googlenet", "Supported: resnet18"),
+        ("torchvision:resnet_1000", "torchvision has no classifier 'resnet_1000'"),
         ("/no/such/folder", "no folder"),
     ],
 )

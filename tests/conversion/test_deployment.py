@@ -23,7 +23,12 @@ MODELS = [
     "convnext",
     *(
         pytest.param(name, marks=pytest.mark.slow)
-        for name in ("timm:mobilenetv4_conv_small", "convnext_tiny_stream", "efficientnet_b0_stream")
+        for name in (
+            "timm:mobilenetv4_conv_small",
+            "torchvision:mobilenet_v3_small",
+            "convnext_tiny_stream",
+            "efficientnet_b0_stream",
+        )
     ),
 ]
 
@@ -44,7 +49,7 @@ def _small_model(name: str) -> CAStreamForImageClassification:
 def folder(request, tmp_path_factory):
     """A saved model whose queries and projections are not zero, so that its attention depends on the image."""
     name, saved = request.param, tmp_path_factory.mktemp("model")
-    if name.startswith("timm:"):
+    if ":" in name:
         model = CAStreamForImageClassification.from_pretrained(request.getfixturevalue("convert_row")(name).folder)
         with torch.no_grad():
             for parameter in model.castream.stream.parameters():

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from castream.conversion import convert_classifier
 from castream.conversion.parity import example_images
-from castream.conversion.random_sources import ROWS
+from castream.conversion.random_sources import ROWS, TORCHVISION
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -21,8 +21,8 @@ SLOW = {
     *("timm:resnext26ts", "timm:resnext50_32x4d", "timm:wide_resnet50_2", "timm:resnetv2_50", "timm:regnety_002"),
     *("timm:regnetz_005", "timm:densenet121", "timm:mobilenetv3_large_100", "timm:swinv2_tiny_window8_256"),
     *("timm:swin_tiny_patch4_window7_224", "timm:efficientnet_b0", "timm:resnet18", "timm:convnextv2_atto"),
-    *("timm:regnetx_002", "torchvision:resnet50", "torchvision:convnext_tiny", "torchvision:efficientnet_b0"),
-    "torchvision:efficientnet_b5",
+    "timm:regnetx_002",
+    *(f"torchvision:{name}" for name in TORCHVISION if name not in ("resnet18", "mobilenet_v3_small")),
 }
 QUICK_ROWS = [row for row in ROWS if row not in SLOW]
 PARAMETERS = [pytest.param(row, marks=pytest.mark.slow if row in SLOW else ()) for row in ROWS]
@@ -53,7 +53,8 @@ def source_model(converted):
         return AutoModelForImageClassification.from_pretrained(converted.source)
     state = torch.load(converted.checkpoint, weights_only=True)
     create = timm.create_model if kind == "timm" else torchvision.models.get_model
-    model = create(name, num_classes=7)
+    options = {"transform_input": True} if name in ("googlenet", "inception_v3") else {}
+    model = create(name, num_classes=7, **options)
     model.load_state_dict(state)
     return model.eval()
 

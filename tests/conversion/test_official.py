@@ -8,6 +8,7 @@ import torch
 from castream.conversion import official
 from castream.conversion.mapping import rename
 from castream.conversion.official import ARCHITECTURES, convert_official, write_official
+from castream.conversion.torchvision_sources import classifier_of, network_config
 
 from modeling_castream import CAStreamForImageClassification
 from tests.conversion.research_network import research_shapes, research_state
@@ -88,14 +89,14 @@ def test_the_gap_path_is_the_plain_network(converted):
 def test_every_weight_of_every_architecture_has_its_place(architecture):
     """Names and shapes on the meta device, where the largest networks cost nothing."""
     network, _, variant = architecture.rpartition("_")
+    classifier, _ = classifier_of(network_config(network))
     for project in (True, False) if variant == "final" else (True,):
         shapes = research_shapes(architecture, num_classes=1000, project=project)
         with torch.device("meta"):
             state = {name.replace("confinal.", "conv1."): torch.empty(shape) for name, shape in shapes.items()}
-            model = CAStreamForImageClassification(official._config(architecture, state, 1))
+            model = CAStreamForImageClassification(official._config(architecture, classifier, state, 1))
         target = model.state_dict()
-        rules = [*official._stream_rules(network, variant), *official.describe(network)[1]]
-        renamed = rename(list(state), rules, set(target))
+        renamed = rename(list(state), official._rules(network, variant, classifier), set(target))
         for name, [new_name] in renamed.items():
             assert target[new_name].numel() == state[name].numel(), (name, new_name)
         count = sum(parameter.numel() for parameter in model.parameters())
@@ -124,17 +125,6 @@ def test_file_forms_and_heads(tmp_path):
     out = model(pixel_values)
     assert [attention.shape[1] for attention in out.attention_maps] == [4] * 5
     assert not close(out.logits, REFERENCE["resnet18_stream.logits"])
-
-
-def test_larger_efficientnets_keep_their_epsilon():
-    """The epsilon of batch normalisation that timm's network lacks moves into the variance, in the backbone only."""
-    from castream.conversion.torchvision_families import adapt_state
-
-    state = {"features.2.0.block.0.1.running_var": torch.ones(2), "features.8.1.running_var": torch.ones(2)}
-    adapted = adapt_state("efficientnet_b5", state)
-    assert torch.allclose(adapted["features.2.0.block.0.1.running_var"], torch.tensor(1.0 + 1e-3 - 1e-5), atol=1e-7)
-    assert torch.equal(adapted["features.8.1.running_var"], torch.ones(2))
-    assert torch.equal(adapt_state("efficientnet_b4", state)["features.2.0.block.0.1.running_var"], torch.ones(2))
 
 
 def test_image_processor_is_that_of_the_frozen_weights(tmp_path):

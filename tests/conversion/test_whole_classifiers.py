@@ -24,9 +24,9 @@ def test_every_type_of_the_table_has_a_row():
     assert {name.split(",")[0] for name in WHOLE} == {name for name in HEADS if name.islower()}
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_explanations_and_a_training_step(convert_row, name):
-    model = CAStreamForImageClassification.from_pretrained(convert_row(f"transformers:{name}").folder)
+@pytest.mark.parametrize("row", [*(f"transformers:{name}" for name in WHOLE), "torchvision:mobilenet_v3_small"])
+def test_explanations_and_a_training_step(convert_row, row):
+    model = CAStreamForImageClassification.from_pretrained(convert_row(row).folder)
     assert len(model.config.stream_layers) > 1
     for method in METHODS:
         if method not in ("evidence", "object", "score_cam"):
