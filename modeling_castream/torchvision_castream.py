@@ -78,9 +78,15 @@ def split_at_pooling(network: nn.Module) -> tuple[fx.GraphModule, fx.GraphModule
 
 
 def create_network(config: TorchvisionConfig, num_labels: int) -> nn.Module:
-    """The network of a config with random weights, in eval mode."""
-    from torchvision.models import get_model  # here, since other backbones do without it
+    """The network of a config with random weights, in eval mode.
 
+    Raises:
+        ImportError: where torchvision is not installed.
+    """
+    try:  # here, since other backbones do without it
+        from torchvision.models import get_model
+    except ImportError:
+        raise ImportError("backbone_config: torchvision's networks need `pip install torchvision`.") from None
     options = {**(config.options or {}), "num_classes": num_labels}
     try:
         return get_model(config.name, **options).eval()

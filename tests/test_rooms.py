@@ -22,7 +22,7 @@ FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
 COMMANDS = ("train", "publish")  # scripts in the checkout's root
 PAYLOAD = sorted((ROOT / "modeling_castream").glob("*_castream.py"))
 # What the Hub payload may need on a loader's machine besides the standard library; httpx comes with transformers.
-PAYLOAD_IMPORTS = {"torch", "transformers", "huggingface_hub", "timm", "numpy", "PIL", "httpx"}
+PAYLOAD_IMPORTS = {"torch", "transformers", "huggingface_hub", "timm", "torchvision", "numpy", "PIL", "httpx"}
 
 
 def imported(path: Path) -> list[tuple[int, str, tuple[str, ...]]]:
