@@ -208,7 +208,8 @@ def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveE
     upsampled = upsample_saliency(saliency, items.images.shape[2:])
     scores = MapScores(upsampled, None, {}, {})
     if set(settings.metrics) & set(MASKING_METRICS):
-        scores.masked = scorer.score(mask_images(items.images, upsampled, scorer.mean, scorer.std), items.target)
+        masked = mask_images(items.images, upsampled, scorer.mean, scorer.std)
+        scores.masked = scorer.score(masked, items.target, upsampled)
     if ends is None:
         return scores
     chunk = max(1, settings.batch_size // len(items.target))
@@ -333,6 +334,8 @@ def _row_columns(row: Row, scorer: Scorer, items: Items, scores: MapScores, bloc
         if "kept" in settings.metrics:
             top, top_before = (found.predicted[row.scoring].cpu() for found in (scores.masked, items.before))
             columns["kept"] = kept(top, top_before, average=False)
+    if row.scoring == "ca_bound":  # of the other metrics' images none shows a mask
+        return columns
     for name, by_scoring in scores.curves.items():
         curve = by_scoring[row.scoring].cpu()
         columns[f"{name}_curve"] = curve.tolist()

@@ -6,6 +6,8 @@ map shows. Each control takes one of these away:
     random_map, center_gaussian, uniform_map   maps that know nothing of the network
     temperature   GAP's logits divided by the temperature at which its mean confidence (`confidences`) is CA's
     norm          CA's pooled vector scaled to the norm of GAP's, image by image
+    bound         in CA's place an attention that is the mask itself, at GAP's norm: what pooling could gain at most by
+                  leaving out what is masked
     map_only      CA's maps, all probabilities from the GAP network
     area          each map to the power at which its mean, upsampled, is that of the reference map of the same image
     randomization the map after shuffling the classifier's weights, correlated with the map before
@@ -92,6 +94,22 @@ def match_norm(vector: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     if vector.ndim == 3:  # one vector a class
         reference = reference[:, None]
     return F.normalize(vector, dim=-1) * reference.norm(dim=-1, keepdim=True)
+
+
+def pool_by_mask(feature_map: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of the features that a mask shows, at the norm of the mean of them all; that mean for an empty mask.
+
+    Args:
+        feature_map: (batch_size, num_channels, height, width).
+        mask: (batch_size, rows, columns) in [0, 1], at any resolution.
+
+    Returns:
+        (batch_size, num_channels).
+    """
+    weights = F.adaptive_avg_pool2d(mask[:, None], feature_map.shape[2:])
+    mean = feature_map.mean((2, 3))
+    shown = (weights * feature_map).sum((2, 3))  # the norm makes up for the weights' sum
+    return torch.where((weights.sum((1, 2, 3)) > 0)[:, None], match_norm(shown, mean), mean)
 
 
 def confidences(probabilities: torch.Tensor, independent: bool) -> torch.Tensor:

@@ -36,6 +36,7 @@ CONTROL_TITLES = {
     "": "Saliency and pooling",
     "temperature": "Control: GAP at the temperature of CA's confidence",
     "norm": "Control: CA with its pooled norm matched to GAP's",
+    "bound": "Bound: an attention that is the mask itself, at GAP's norm",
     "map_only": "Control: map only, all probabilities from GAP",
     "area": "Control: maps of equal area",
     "map_only_area": "Control: map only and equal area",

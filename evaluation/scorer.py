@@ -8,7 +8,7 @@ from torch import nn
 
 from modeling_castream.features_castream import Features, run_features
 
-from .controls import match_norm
+from .controls import match_norm, pool_by_mask
 from .settings import EvaluationSettings
 from .table import table_rows
 
@@ -55,10 +55,14 @@ class Scorer:
             return run_features(self.model, pixel_values.to(self.model.dtype), dtype)
 
     @torch.no_grad()
-    def logits(self, features: Features) -> dict[str, torch.Tensor]:
+    def logits(self, features: Features, masks: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Logits (batch_size, num_labels), float32, by scoring.
 
         Each pooling is computed once.
+
+        Args:
+            masks: (batch_size, height, width), what the images were masked with, for the scoring "ca_bound"; None for
+                whole images.
         """
         model, feature_maps, cls_token = self.model, features.feature_maps, features.cls_token
         by_scoring = {}
@@ -73,19 +77,22 @@ class Scorer:
                 by_scoring["ca"] = model.classify(ca, cls_token).float()
             if "ca_norm" in self.scorings:
                 by_scoring["ca_norm"] = model.classify(match_norm(ca, gap), cls_token).float()
+            if "ca_bound" in self.scorings:
+                pooled = gap if masks is None else pool_by_mask(feature_maps[-1], masks.to(gap))
+                by_scoring["ca_bound"] = model.classify(pooled, cls_token).float()
         return by_scoring
 
     def _needs(self, pooling: str) -> bool:
         return any(scoring.startswith(pooling) for scoring in self.scorings)
 
-    def probabilities(self, features: Features) -> dict[str, torch.Tensor]:
+    def probabilities(self, features: Features, masks: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Probabilities (batch_size, num_labels) by scoring, as the model's `probabilities` has them.
 
         Raises:
             ValueError: on NaN or infinite logits.
         """
         by_scoring = {}
-        for scoring, logits in self.logits(features).items():
+        for scoring, logits in self.logits(features, masks).items():
             if not logits.isfinite().all():
                 bad = (~logits.isfinite()).any(1).nonzero()[0].item()
                 raise ValueError(
@@ -99,22 +106,24 @@ class Scorer:
         """The class, (batch_size,), that probabilities (batch_size, num_labels) say."""
         return (probabilities[:, 0] > 0.5).long() if self.single_logit else probabilities.argmax(1)
 
-    def score(self, pixel_values: torch.Tensor, target: torch.Tensor) -> Scores:
-        """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time."""
+    def score(self, pixel_values: torch.Tensor, target: torch.Tensor, masks: torch.Tensor | None = None) -> Scores:
+        """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time; `masks` as of
+        `logits`."""
         size = self.settings.batch_size
-        parts = [
-            self.score_features(self.features(images), classes)
-            for images, classes in zip(pixel_values.split(size), target.split(size), strict=True)
-        ]
+        parts = []
+        for start in range(0, len(pixel_values), size):
+            part = slice(start, start + size)
+            shown = None if masks is None else masks[part]
+            parts.append(self.score_features(self.features(pixel_values[part]), target[part], shown))
         return Scores(
             {scoring: torch.cat([part.probability[scoring] for part in parts]) for scoring in parts[0].probability},
             {scoring: torch.cat([part.predicted[scoring] for part in parts]) for scoring in parts[0].predicted},
         )
 
-    def score_features(self, features: Features, target: torch.Tensor) -> Scores:
+    def score_features(self, features: Features, target: torch.Tensor, masks: torch.Tensor | None = None) -> Scores:
         """Score images that went through the backbone."""
         scores = Scores({}, {})
-        for scoring, probabilities in self.probabilities(features).items():
+        for scoring, probabilities in self.probabilities(features, masks).items():
             scores.probability[scoring] = probabilities.gather(1, target[:, None])[:, 0]
             scores.predicted[scoring] = self.predicted(probabilities)
         return scores

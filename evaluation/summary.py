@@ -21,6 +21,7 @@ PAIRS = (
     ("", ""),
     ("", "temperature"),
     ("norm", ""),
+    ("bound", ""),
     ("map_only", ""),
     ("area", "area"),
     ("map_only_area", "area"),

@@ -13,7 +13,7 @@ class Row:
         method: a saliency method, or a control map.
         pooling: of the map.
         control: "" for the plain protocol.
-        scoring: who gives the probabilities: a pooling, "gap_temperature" or "ca_norm".
+        scoring: who gives the probabilities: a pooling, "gap_temperature", "ca_norm" or "ca_bound".
     """
 
     method: str
@@ -39,6 +39,8 @@ def table_rows(settings: EvaluationSettings) -> list[Row]:
             rows.append(Row(method, "gap", "temperature", "gap_temperature"))
         if "norm" in controls:
             rows.append(Row(method, "ca", "norm", "ca_norm"))
+        if "bound" in controls:
+            rows.append(Row(method, "ca", "bound", "ca_bound"))
     return rows
 
 

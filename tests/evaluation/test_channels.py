@@ -69,7 +69,9 @@ def test_the_table_is_that_of_the_same_network_of_three_channels(channels):
     assert table["average_gain"].notna().any() and table["insertion"].notna().any()
     for column in table.columns:
         if pd.api.types.is_numeric_dtype(table[column]):
-            np.testing.assert_allclose(table[column], wanted[column], atol=2e-3, rtol=1e-4, err_msg=column)
+            # rounding may exchange two pixels in the order in which they leave or enter the image
+            atol = 2e-2 if column in ("insertion", "deletion") else 2e-3
+            np.testing.assert_allclose(table[column], wanted[column], atol=atol, rtol=1e-4, err_msg=column)
     for index, arrays in found.examples.items():
         assert arrays["image"].shape == (SIZE, SIZE, 3)
         assert np.array_equal(arrays["image"], expected.examples[index]["image"])

@@ -9,6 +9,7 @@ from castream.evaluation.controls import (
     map_area,
     match_area,
     match_norm,
+    pool_by_mask,
     rank_correlation,
     shuffled_classifier,
 )
@@ -66,6 +67,25 @@ def test_the_area_of_an_empty_map_makes_maps_empty():
     """No power would: the largest value of a map is one."""
     matched = match_area(torch.rand(2, 4, 4), torch.tensor([0.0, 0.3]), (8, 8))
     assert not matched[0].any() and matched[1].any()
+
+
+def test_the_bound_pools_what_the_mask_shows_at_the_norm_of_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    feature_map = torch.randn(3, 4, 2, 3, generator=generator, dtype=torch.double)
+    mask = torch.rand(3, 6, 6, generator=generator, dtype=torch.double)
+    mask[2] = 0
+    pooled = pool_by_mask(feature_map, mask)
+    for item in range(2):
+        shown, mean = [0.0] * 4, [0.0] * 4
+        for row in range(2):
+            for column in range(3):
+                weight = sum(mask[item, 3 * row + i, 2 * column + j].item() for i in range(3) for j in range(2)) / 6
+                for channel in range(4):
+                    shown[channel] += weight * feature_map[item, channel, row, column].item()
+                    mean[channel] += feature_map[item, channel, row, column].item() / 6
+        scale = (sum(value**2 for value in mean) / sum(value**2 for value in shown)) ** 0.5
+        assert pooled[item].tolist() == pytest.approx([scale * value for value in shown], rel=1e-9)
+    torch.testing.assert_close(pooled[2], feature_map[2].mean((1, 2)))
 
 
 def test_norm_matching_keeps_the_direction():
