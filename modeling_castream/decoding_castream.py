@@ -5,7 +5,6 @@ import io
 import os
 from collections.abc import Callable
 
-import httpx
 import numpy as np
 from PIL import Image
 
@@ -75,6 +74,8 @@ def _reporting(name: str, decode: Callable[[], Image.Image]) -> Image.Image:
 def _locate(name: str, timeout: float | None) -> str | io.BytesIO:
     """What `Image.open` takes for a URL, a base64 string or a path."""
     if name.startswith(("http://", "https://")):
+        import httpx  # here, since most photos are files
+
         return io.BytesIO(httpx.get(name, timeout=timeout, follow_redirects=True).raise_for_status().content)
     if name.startswith("data:image/"):
         return io.BytesIO(base64.b64decode(name.partition(",")[2], validate=True))

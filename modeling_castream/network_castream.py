@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, TimmWrapperConfig
+from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 NECK = "neck"
 
@@ -50,14 +50,11 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
     """A timm classifier without its last linear layer.
 
     Args:
-        config: the network, by `architecture`, `model_args` and `pretrained_cfg`.
+        config: a TimmWrapperConfig: the network, by `architecture`, `model_args` and `pretrained_cfg`.
         num_labels: classes of the head.
     """
 
-    config: TimmWrapperConfig
-    config_class = TimmWrapperConfig
-
-    def __init__(self, config: TimmWrapperConfig, num_labels: int):
+    def __init__(self, config: PreTrainedConfig, num_labels: int):
         super().__init__(config)
         import timm  # here, since other backbones do without it
 

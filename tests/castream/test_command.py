@@ -80,6 +80,6 @@ def test_explaining_leaves_the_other_rooms_packages_alone(model_dir):
     code = (
         "import sys; from castream.sources import load_pipeline; import castream.explain\n"
         f"load_pipeline({str(model_dir)!r})\n"
-        "print(sorted({'datasets', 'evaluate', 'matplotlib', 'pandas', 'onnx'} & set(sys.modules)))"
+        "print(sorted({'timm', 'datasets', 'evaluate', 'matplotlib', 'pandas', 'httpx', 'onnx'} & set(sys.modules)))"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
