@@ -23,7 +23,9 @@ _OPERATIONS = {
 Pair = tuple[nn.Module, tuple[nn.Module, str, nn.Module]]
 
 
-def find_followers(network: nn.Module, pixel_values: torch.Tensor, follows: Callable[[nn.Module], bool]) -> list[Pair]:
+def find_followers(
+    network: nn.Module, pixel_values: torch.Tensor, follows: Callable[[nn.Module], bool]
+) -> tuple[list[Pair], object]:
     """Each convolution whose output another module takes as it is, with that module, its parent and its name there.
 
     Which follows which is seen on a forward pass, so that it does not matter how the network writes it down. Modules
@@ -32,6 +34,9 @@ def find_followers(network: nn.Module, pixel_values: torch.Tensor, follows: Call
     Args:
         pixel_values: an input of the network.
         follows: which modules are looked for.
+
+    Returns:
+        The pairs, and what the network returned.
     """
     made, pairs, handles = {}, [], []
 
@@ -50,12 +55,12 @@ def find_followers(network: nn.Module, pixel_values: torch.Tensor, follows: Call
             elif follows(child):
                 handles.append(child.register_forward_pre_hook(partial(match_input, (parent, name))))
     try:
-        network(pixel_values)
+        output = network(pixel_values)
     finally:
         for handle in handles:
             handle.remove()
     used = [id(module) for convolution, (_, _, follower) in pairs for module in (convolution, follower)]
-    return [pair for pair in pairs if used.count(id(pair[0])) == used.count(id(pair[1][2])) == 1]
+    return [pair for pair in pairs if used.count(id(pair[0])) == used.count(id(pair[1][2])) == 1], output
 
 
 class FusedConvolution(nn.Module):
@@ -109,7 +114,7 @@ def _is_fusable(convolution: nn.Module) -> bool:
     )
 
 
-def fuse_activations(network: nn.Module, pixel_values: torch.Tensor) -> None:
+def fuse_activations(network: nn.Module, pixel_values: torch.Tensor) -> object:
     """Make each convolution of a network one operation with the activation that follows it, in place.
 
     The network must be nobody else's, and is for inference only from then on. Nothing happens where torch has no
@@ -117,11 +122,14 @@ def fuse_activations(network: nn.Module, pixel_values: torch.Tensor) -> None:
 
     Args:
         pixel_values: an input of the network.
+
+    Returns:
+        What the network returned for it before; None where nothing happens.
     """
     has_onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     if pixel_values.device.type != "cpu" or not has_onednn:
-        return
-    pairs = find_followers(network, pixel_values, lambda module: type(module) in _OPERATIONS)
+        return None
+    pairs, output = find_followers(network, pixel_values, lambda module: type(module) in _OPERATIONS)
     activations = {id(convolution): activation for convolution, (_, _, activation) in pairs if _is_fusable(convolution)}
     for convolution, (parent, name, _) in pairs:
         if id(convolution) in activations:
@@ -130,6 +138,7 @@ def fuse_activations(network: nn.Module, pixel_values: torch.Tensor) -> None:
         for name, child in list(parent.named_children()):
             if _is_fusable(child):
                 setattr(parent, name, FusedConvolution(child, activations.get(id(child))))
+    return output
 
 
 __all__ = ["CONVOLUTIONS", "FusedConvolution", "find_followers", "fuse_activations"]
