@@ -1,38 +1,10 @@
-"""Insertion: area under the class's probability while the most salient pixels enter a blurred image."""
+"""Insertion: the area under the curve of the class's probability while pixels enter a blurred image, the most
+salient first. Higher is better.
+"""
 
 import datasets
 import evaluate
 import numpy as np
-
-_DESCRIPTION = """
-Insertion: the area under the curve of the class's probability while pixels enter a blurred image, the most
-salient first. Higher is better.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of list of float): one curve an image: the class's probability at equally spaced shares of
-        inserted pixels, both ends included, in [0, 1].
-    average (bool): the mean over images (default), or with `False` a list with one value an image.
-
-Returns:
-    insertion: area in percent, 0 to 100 (higher is better).
-
-Examples:
-    >>> metric = evaluate.load("evaluation/metrics/insertion")
-    >>> metric.compute(predictions=[[0.0, 0.5, 1.0], [0.25, 0.25, 0.75]])
-    {'insertion': 43.75}
-"""
-
-_CITATION = """
-@inproceedings{petsiuk2018rise,
-  title     = {{RISE}: Randomized Input Sampling for Explanation of Black-box Models},
-  author    = {Petsiuk, Vitali and Das, Abir and Saenko, Kate},
-  booktitle = {BMVC},
-  year      = {2018}
-}
-"""
-
 
 # A float32 softmax may leave [0, 1] by rounding; what is further out is refused.
 ROUNDING = 1e-6
@@ -42,17 +14,25 @@ def insertion(predictions, average=True):
     """100 mean of the area under each curve (trapezoid over the points, divided by the steps), in percent.
 
     Args:
-        predictions: one curve an image, the class's probability at equally spaced shares of inserted pixels, both ends
+        predictions: one curve per image, the class's probability at equally spaced shares of inserted pixels, both ends
             included; at least two points. Curves may differ in length.
-        average: False for a list with one value an image.
+        average: the mean over images, or with False a list with one value per image.
+
+    Returns:
+        insertion: area in percent, 0 to 100 (higher is better).
 
     Raises:
         ValueError: no curve, a curve of fewer than two points, NaN or a value outside [0, 1].
 
     Source: Petsiuk et al., RISE, arXiv:1806.07421.
+
+    Examples:
+        >>> metric = evaluate.load("evaluation/metrics/insertion")
+        >>> metric.compute(predictions=[[0.0, 0.5, 1.0], [0.25, 0.25, 0.75]])
+        {'insertion': 43.75}
     """
     if len(predictions) == 0:
-        raise ValueError("predictions is empty: give one curve an image, at least one")
+        raise ValueError("predictions is empty: give one curve per image, at least one")
     values = [100 * _area(_curve(curve, image)) for image, curve in enumerate(predictions)]
     return float(np.mean(values)) if average else values
 
@@ -65,11 +45,7 @@ def _curve(curve, image):
     curve = np.asarray(curve, dtype=np.float64)
     if curve.ndim != 1 or curve.size < 2:
         raise ValueError(f"predictions[{image}] has shape {curve.shape}: give a curve of two probabilities or more")
-    if np.isnan(curve).any():
-        raise ValueError(
-            f"predictions[{image}] holds {np.isnan(curve).sum()} NaN of {curve.size}: leave that image out"
-        )
-    outside = curve[(curve < -ROUNDING) | (curve > 1 + ROUNDING)]
+    outside = curve[~((curve >= -ROUNDING) & (curve <= 1 + ROUNDING))]  # NaN, too
     if outside.size:
         raise ValueError(
             f"predictions[{image}] holds {outside[0]:g}, outside [0, 1]: give probabilities, not logits or percent"
@@ -77,13 +53,12 @@ def _curve(curve, image):
     return curve.clip(0, 1)
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class Insertion(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
+            description=__doc__,
+            citation="Petsiuk et al., RISE, BMVC 2018",
+            inputs_description=insertion.__doc__,
             features=datasets.Features({"predictions": datasets.Sequence(datasets.Value("float64"))}),
             reference_urls=["https://arxiv.org/abs/1806.07421"],
         )

@@ -1,28 +1,10 @@
-"""Kept: how often the network predicts the same class when only the salient part is shown."""
+"""Kept: the share of images whose most probable class is the same after masking by the saliency map.
+It does not depend on the scale of the probabilities. Higher is better.
+"""
 
 import datasets
 import evaluate
 import numpy as np
-
-_DESCRIPTION = """
-Kept: the share of images whose most probable class is the same after masking by the saliency map. It does not depend on
-the scale of the probabilities. Higher is better.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of int): the most probable class after masking, one per image.
-    references (list of int): the same before masking.
-    average (bool): the mean over images (default), or with `False` a list with one value per image.
-
-Returns:
-    kept: images that keep their class in percent, 0 to 100 (best).
-
-Examples:
-    >>> metric = evaluate.load("evaluation/metrics/kept")
-    >>> metric.compute(predictions=[3, 7], references=[3, 5])
-    {'kept': 50.0}
-"""
 
 
 def kept(predictions, references, average=True):
@@ -31,10 +13,18 @@ def kept(predictions, references, average=True):
     Args:
         predictions: the most probable class id after masking, (num_images,).
         references: the same before masking.
-        average: False for a list with one value per image.
+        average: the mean over images, or with False a list with one value per image.
+
+    Returns:
+        kept: images that keep their class in percent, 0 to 100 (best).
 
     Raises:
         ValueError: empty, unequal in length, or anything but whole numbers of 0 or more.
+
+    Examples:
+        >>> metric = evaluate.load("evaluation/metrics/kept")
+        >>> metric.compute(predictions=[3, 7], references=[3, 5])
+        {'kept': 50.0}
     """
     after, before = _class_ids(predictions, "predictions"), _class_ids(references, "references")
     if after.size != before.size:
@@ -53,13 +43,12 @@ def _class_ids(values, argument):
     return values
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class Kept(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=_KWARGS_DESCRIPTION,
+            inputs_description=kept.__doc__,
             # int64 would cut 0.7 down to 0 before it could be refused
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}

@@ -1,37 +1,10 @@
-"""Negative perturbation: accuracy while the least salient pixels are removed."""
+"""Negative perturbation: the accuracy, averaged over shares of removed pixels (10 % to 90 %), while the least salient
+pixels go first. Higher is better.
+"""
 
 import datasets
 import evaluate
 import numpy as np
-
-_DESCRIPTION = """
-Negative perturbation: the accuracy, averaged over shares of removed pixels (10 % to 90 %), while the least salient
-pixels go first. Higher is better.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (list of list of int): the predicted class ids of an image, one at each share of removed pixels.
-    references (list of int): its label; or the class predicted on the whole image, to score the explanation alone.
-    average (bool): the mean over images (default), or with `False` a list with one value an image.
-
-Returns:
-    negative_perturbation: accuracy in percent, 0 to 100 (higher is better).
-
-Examples:
-    >>> metric = evaluate.load("evaluation/metrics/negative_perturbation")
-    >>> metric.compute(predictions=[[3, 3, 3, 1], [5, 2, 5, 5]], references=[3, 2])
-    {'negative_perturbation': 50.0}
-"""
-
-_CITATION = """
-@inproceedings{chefer2021transformer,
-  title     = {Transformer Interpretability Beyond Attention Visualization},
-  author    = {Chefer, Hila and Gur, Shir and Wolf, Lior},
-  booktitle = {CVPR},
-  year      = {2021}
-}
-"""
 
 
 def negative_perturbation(predictions, references, average=True):
@@ -40,19 +13,28 @@ def negative_perturbation(predictions, references, average=True):
     Args:
         predictions: the predicted class ids of an image, one at each share of removed pixels, (num_images, num_shares).
         references: its label, (num_images,).
-        average: False for a list with one value an image: the percentage of the shares at which it is right.
+        average: the mean over images, or with False a list with one value per image, the percentage of the shares at
+            which it is right.
+
+    Returns:
+        negative_perturbation: accuracy in percent, 0 to 100 (higher is better).
 
     Raises:
         ValueError: empty, unequal in length, rows of unequal length, or anything but whole numbers of 0 or more.
 
     Source: Chefer et al., arXiv:2012.09838.
+
+    Examples:
+        >>> metric = evaluate.load("evaluation/metrics/negative_perturbation")
+        >>> metric.compute(predictions=[[3, 3, 3, 1], [5, 2, 5, 5]], references=[3, 2])
+        {'negative_perturbation': 50.0}
     """
     if len({np.size(row) for row in predictions}) > 1:
         raise ValueError("predictions has rows of unequal length: give every image the same shares of removed pixels")
     classes, labels = _class_ids(predictions, "predictions", 2), _class_ids(references, "references", 1)
     if len(classes) != len(labels):
         raise ValueError(
-            f"predictions has {len(classes)} rows but references {len(labels)} labels: give one each an image"
+            f"predictions has {len(classes)} rows but references {len(labels)} labels: give one each per image"
         )
     values = 100 * (classes == labels[:, None]).mean(axis=1)
     return float(values.mean()) if average else values.tolist()
@@ -68,13 +50,12 @@ def _class_ids(values, argument, ndim):
     return values
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class NegativePerturbation(evaluate.Metric):
     def _info(self):
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
+            description=__doc__,
+            citation="Chefer et al., Transformer Interpretability Beyond Attention Visualization, CVPR 2021",
+            inputs_description=negative_perturbation.__doc__,
             features=datasets.Features(
                 {
                     # int64 would cut 0.7 down to 0 before it could be refused
