@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 
 from modeling_castream.features_castream import Features, evaluating
+from modeling_castream.methods_castream import METHODS
 from modeling_castream.saliency_castream import empty_maps, explain_features
 
 from .controls import control_maps, map_area, match_area, rank_correlation, shuffled_classifier
@@ -133,10 +134,15 @@ def compute_maps(scorer: Scorer, items: Items, block: Block) -> dict[tuple[str, 
 
 
 def _explain(scorer: Scorer, features: Features, target: torch.Tensor, method: str) -> dict[str, torch.Tensor]:
-    """Maps by pooling, at the resolution of the pooled feature map; masks are applied in pixel space."""
+    """Maps by pooling, at the resolution of the method's feature map; masks are applied in pixel space.
+
+    For the predicted class a method that needs no target gives what it gives of itself: evidence weighs the classes as
+    the prediction does.
+    """
     settings = scorer.settings
     options = {"image_mean": scorer.mean, "image_std": scorer.std, "chunk_size": settings.batch_size}
-    return explain_features(features, target, method, list(settings.poolings), **options)
+    given = target if settings.target == "label" or METHODS[method].needs_target else None
+    return explain_features(features, given, method, list(settings.poolings), **options)
 
 
 def check_saliency(saliency: torch.Tensor, num_items: int, method: str) -> None:

@@ -137,6 +137,21 @@ def example_columns(methods: Sequence[str], poolings: Sequence[str]) -> list[tup
     return columns
 
 
+def _without_twins(columns: list[tuple[str, str, str]], examples: dict[int, dict]) -> list[tuple[str, str, str]]:
+    """One column for a method whose maps are the same under all poolings: two would look like a finding."""
+    kept, first = [], {}
+    for title, method, pooling in columns:
+        theirs = first.setdefault(method, pooling)
+        pairs = ((arrays[f"{method}|{pooling}"], arrays[f"{method}|{theirs}"]) for arrays in examples.values())
+        if theirs == pooling:
+            kept.append((title, method, pooling))
+        elif all(np.allclose(one, other, atol=1e-5) for one, other in pairs):
+            kept[[column[1] for column in kept].index(method)] = (_title(method), method, theirs)
+        else:
+            kept.append((title, method, pooling))
+    return kept
+
+
 def write_report_examples(path: str | Path, report, columns: Sequence[tuple[str, str]] | None = None) -> None:
     """Draw a report's examples.
 
@@ -145,7 +160,7 @@ def write_report_examples(path: str | Path, report, columns: Sequence[tuple[str,
         columns: (method, pooling) of each column; None for all of the evaluation's.
     """
     settings = report.settings
-    titled = example_columns(settings.methods, settings.poolings)
+    titled = _without_twins(example_columns(settings.methods, settings.poolings), report.examples)
     if columns is not None:
         titles = {(method, pooling): title for title, method, pooling in titled}
         titled = [(titles.get(key, f"{_title(key[0])}\n({key[1].upper()})"), *key) for key in columns]

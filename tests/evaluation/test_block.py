@@ -372,3 +372,20 @@ def test_class_ids_out_of_range_are_refused(label):
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
         EvaluationSettings(**settings)
+
+
+@pytest.mark.parametrize(("kind", "given"), [("predicted", False), ("label", True)])
+def test_evidence_is_the_forward_passs_for_the_prediction_and_a_classs_for_a_label(kind, given):
+    """The map that the model returns is what an evaluation of its predictions measures."""
+    model, examples = small_model(evidence_queries=["memory"]), small_examples(3)
+    settings = EvaluationSettings(
+        methods=("evidence",), poolings=("gap",), metrics=("average_drop",), target=kind, num_examples=3
+    )
+    report = evaluate_saliency(model, small_processor(), examples, settings)
+    for index, example in enumerate(examples):
+        pixel_values = small_processor()(example["image"], return_tensors="pt").pixel_values
+        target = [example["label"]] if given else None
+        expected = explain(model, pixel_values, target, "evidence", "gap", upsample=False)[0]
+        np.testing.assert_allclose(report.examples[index]["evidence|gap"], expected, atol=1e-5)
+        other = explain(model, pixel_values, None if given else 0, "evidence", "gap", upsample=False)[0]
+        assert not np.allclose(report.examples[index]["evidence|gap"], other, atol=1e-3)

@@ -10,6 +10,7 @@ from castream.evaluation.figures import (
     BASELINE_TITLES,
     ExampleRow,
     _legend,
+    _without_twins,
     example_columns,
     mean_curves,
     write_curves,
@@ -262,3 +263,10 @@ def test_mean_curves_of_images_of_several_sizes():
     ((method, pooling, curve),) = mean_curves(Part(pa.Table.from_pylist(rows, schema=SCHEMA)), "insertion")
     assert (method, pooling) == ("grad_cam", "gap")
     np.testing.assert_allclose(curve, [0.5, 0.625, 0.25, 0.375, 0.5])
+
+
+def test_a_map_that_poolings_share_has_one_column_in_the_picture():
+    settings = EvaluationSettings(methods=("grad_cam", "eigen_cam"), metrics=("average_drop",), num_examples=2)
+    report = evaluate_saliency(small_model(), small_processor(), small_examples(2), settings)
+    columns = _without_twins(example_columns(settings.methods, settings.poolings), report.examples)
+    assert [title for title, _, _ in columns] == ["attention\n(CA)", "Grad-CAM\n(GAP)", "Grad-CAM\n(CA)", "Eigen-CAM"]
