@@ -445,7 +445,10 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
     @property
     def has_linear_readout(self) -> bool:
         """Whether the linear classifier reads the pooled vector itself, or the end of what it reads is that vector."""
-        return not len(self.head) and not isinstance(self.castream.backbone, ClassifierNetwork)
+        backbone = self.castream.backbone
+        if isinstance(backbone, ClassifierNetwork):
+            return backbone.num_features == self.config.stream_channels[-1] and backbone.reads_pooled_vectors()
+        return not len(self.head)
 
     def classify(self, pooler_output: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """Logits (batch_size, num_labels) of what `castream.pool_features` and `castream.extract_features` returned."""

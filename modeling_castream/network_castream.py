@@ -34,6 +34,17 @@ class ClassifierNetwork:
         named = dict(zip([layers[index] for index in self.inner_layers], maps, strict=True))
         return named | {layers[-1]: self.to_map(features, pixel_values, self.config.features["layout"])}
 
+    @torch.no_grad()
+    def reads_pooled_vectors(self) -> bool:
+        """Whether the classifier reads pooled vectors themselves: no norm, no activation, no layer is in between.
+
+        Seen on two vectors, of lengths that differ, so that it does not matter how the network writes it down.
+        """
+        length = torch.tensor([[1.0], [100.0]])
+        vectors = length * torch.randn(2, self.num_features, generator=torch.Generator().manual_seed(0))
+        vectors = vectors.to(self.device, self.dtype)
+        return torch.equal(self.readout(vectors), vectors)
+
     def to_map(self, features: torch.Tensor, pixel_values: torch.Tensor, layout: str) -> torch.Tensor:
         """Features in the network's layout as (batch_size, num_channels, height, width), without prefix tokens."""
         if layout == "NCHW":
@@ -187,6 +198,10 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
             [name] = self.head.classifiers
             self.num_features = self.network.get_submodule(name).in_features
             self.network.set_submodule(name, nn.Identity())
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
