@@ -1,4 +1,4 @@
-"""A CA-Stream classifier as an ONNX file with the outputs `logits` and `attention`."""
+"""A CA-Stream classifier as an ONNX file with the outputs `logits`, `attention` and, with such a block, `evidence`."""
 
 import os
 import tempfile
@@ -14,7 +14,6 @@ from transformers import AutoImageProcessor
 from modeling_castream import CAStreamForImageClassification
 
 TOLERANCE = 1e-4
-_OUTPUTS = ("logits", "attention")
 
 
 class LogitsAndAttention(nn.Module):
@@ -23,12 +22,14 @@ class LogitsAndAttention(nn.Module):
     def __init__(self, model: CAStreamForImageClassification, pooling: str | None = None):
         super().__init__()
         self.model, self.pooling = model, pooling
+        self.outputs = ["logits", "attention", *(["evidence"] if model.config.evidence_queries else [])]
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch_size, num_channels, height, width) -> logits (batch_size, num_labels), and the last block's attention
-        (batch_size, num_heads, height_L, width_L), each head summing to 1 over positions."""
-        outputs = self.model(pixel_values, pooling=self.pooling)
-        return outputs.logits, outputs.attention_maps[-1]
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """(batch_size, num_channels, height, width) -> logits (batch_size, num_labels), the last block's attention
+        (batch_size, num_heads, height_L, width_L), each head summing to 1 over positions, and, with an evidence block,
+        its map (batch_size, height, width), summing to 1."""
+        found = self.model(pixel_values, pooling=self.pooling)
+        return found.logits, found.attention_maps[-1], *([] if found.evidence_map is None else [found.evidence_map])
 
 
 def _image_size(folder: str | Path) -> tuple[int, int]:
@@ -54,7 +55,7 @@ def _export(module: nn.Module, pixel_values: torch.Tensor, path: Path, fixed_siz
             dynamo=True,
             verbose=False,
             input_names=["pixel_values"],
-            output_names=list(_OUTPUTS),
+            output_names=module.outputs,
             dynamic_shapes=({axis: torch.export.Dim.DYNAMIC for axis in axes},),
         )
     except Exception as error:  # the exporter's own error quotes the whole graph
@@ -71,7 +72,7 @@ def _largest_difference(module: nn.Module, path: Path, batches: list[torch.Tenso
     for batch in batches:
         with torch.no_grad():
             expected = [output.numpy() for output in module(batch)]
-        for ours, theirs in zip(expected, session.run(list(_OUTPUTS), {"pixel_values": batch.numpy()}), strict=True):
+        for ours, theirs in zip(expected, session.run(module.outputs, {"pixel_values": batch.numpy()}), strict=True):
             difference = max(difference, float(np.abs(ours - theirs).max() / max(1.0, np.abs(ours).max())))
     return difference
 

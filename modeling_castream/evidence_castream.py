@@ -128,7 +128,7 @@ class EvidenceBlock(nn.Module):
         if self.has_finer_map:
             finer = feature_maps[0].to(dtype)
             scores = F.interpolate(scores, finer.shape[2:], mode="bilinear", align_corners=False)
-            query = unit(self.finer_query.to(dtype), dim=0).expand(len(finer), -1)
+            query = unit(self.finer_query.to(dtype), dim=0).expand(finer.shape[0], -1)
             scores = scores + self.scalar("finer_sharpness") * _similarity(query, unit(finer))
         return scores.squeeze(1)
 

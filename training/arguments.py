@@ -32,7 +32,7 @@ def words(default, help: str):
 
 @dataclass
 class TrainingArguments:
-    """Every setting of `train.py`. The defaults are the demo's, `recipes/demo.yaml`.
+    """Every setting of `train.py`.
 
     Raises:
         ValueError: on a value out of range or two that contradict each other, in one line.
@@ -303,7 +303,7 @@ def _word(value) -> str:
 
 
 def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
-    """Settings from a recipe, overridden by the command line.
+    """Settings from a recipe, overridden by the command line; without dataset and recipe, from the demo's.
 
     Args:
         argv: the words after `train.py`; None for those of this process.
@@ -313,7 +313,8 @@ def parse_arguments(argv: list[str] | None = None) -> TrainingArguments:
     """
     argv = sys.argv[1:] if argv is None else argv
     parser = _Parser()
-    recipe = parser.parse(argv, "on the command line").config
+    told = parser.parse(argv, "on the command line")
+    recipe = told.config or (None if told.dataset_name else "demo")
     words = read_recipe(recipe) if recipe else []
     parser.parse(words, f"in {recipe}")
     settings = vars(parser.parse(words + argv, "on the command line"))

@@ -69,6 +69,23 @@ def model(folder):
     return CAStreamForImageClassification.from_pretrained(folder)
 
 
+def test_the_onnx_file_of_a_model_with_evidence_gives_its_map(tmp_path):
+    backbone = ResNetConfig(hidden_sizes=[8, 16], depths=[1, 2], embedding_size=8, layer_type="basic")
+    torch.manual_seed(0)
+    model = CAStreamForImageClassification(
+        CAStreamConfig(backbone_config=backbone, num_labels=5, evidence_queries=["memory"])
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    assert export_onnx(tmp_path / "model", tmp_path / "model.onnx") <= 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["logits", "attention", "evidence"]
+    pixel_values = random_pixels(3, 3, 96, 128)
+    with torch.no_grad():
+        expected = model(pixel_values).evidence_map
+    [evidence] = session.run(["evidence"], {"pixel_values": pixel_values.numpy()})
+    assert evidence.shape == expected.shape == (3, 24, 32) and close(evidence, expected, 1e-5)
+
+
 def random_pixels(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 

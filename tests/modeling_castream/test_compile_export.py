@@ -18,12 +18,15 @@ RESNET_SUBMODULES = ["embedder.pooler", "encoder.stages.1", "stage4"]
 MODELS = {
     **{kind: lambda kind=kind: tiny_model(kind) for kind in CONFIGS},
     "official_convnext": lambda: tiny_model("convnext", stream_layers=OFFICIAL_CONVNEXT),
+    "evidence": lambda: tiny_model(
+        "resnet", evidence_queries=["memory", "constant"], unit_keys=True, preserve_norm=True
+    ),
     "resnet_submodules": lambda: tiny_model("resnet", stream_layers=RESNET_SUBMODULES),
 }
 
 
-# Tracing takes seconds: the quick tier traces one network of each library, and hooks.
-QUICK = ("official_convnext", "timm")
+# Tracing takes seconds: the quick tier traces one network of each library, hooks and evidence.
+QUICK = ("official_convnext", "timm", "evidence")
 TRACED = [pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow) for kind in sorted(MODELS)]
 
 
@@ -39,6 +42,7 @@ def images(batch_size: int = 2, height: int = 64, width: int = 64, seed: int = 0
 def assert_equal_outputs(actual, expected) -> None:
     torch.testing.assert_close(actual.logits, expected.logits)
     torch.testing.assert_close(actual.attention_maps, expected.attention_maps)
+    torch.testing.assert_close(actual.evidence_map, expected.evidence_map)
 
 
 @pytest.mark.parametrize("kind", TRACED)

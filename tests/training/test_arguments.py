@@ -9,7 +9,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def refused(words: list[str]) -> str:
     with pytest.raises(ValueError) as error:
-        parse_arguments(words)
+        parse_arguments(["--dataset_name", "photos", *words])
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -91,8 +91,11 @@ def test_home_is_a_path(monkeypatch):
     assert (args.output_dir, args.dataset_name) == ("/home/someone/run", "/home/someone/photos")
 
 
-def test_the_demo_is_its_recipe():
-    assert asdict(parse_arguments(["--config", str(RECIPES / "demo.yaml")])) == asdict(TrainingArguments())
+def test_without_dataset_and_recipe_it_is_the_demo():
+    demo = asdict(parse_arguments(["--config", str(RECIPES / "demo.yaml")]))
+    assert asdict(parse_arguments([])) == demo
+    assert asdict(parse_arguments(["--seed", "3"])) == demo | {"seed": 3}
+    assert asdict(parse_arguments(["--dataset_name", "photos"])) == asdict(TrainingArguments(dataset_name="photos"))
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
