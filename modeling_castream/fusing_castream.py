@@ -29,7 +29,7 @@ def find_followers(
     """Each convolution whose output another module takes as it is, with that module, its parent and its name there.
 
     Which follows which is seen on a forward pass, so that it does not matter how the network writes it down. Modules
-    that run twice are left out.
+    that run twice are left out, and those whose output somebody reads by a hook, as a stream inside of a stage does.
 
     Args:
         pixel_values: an input of the network.
@@ -50,6 +50,8 @@ def find_followers(
 
     for parent in network.modules():
         for name, child in parent.named_children():
+            if child._forward_hooks:
+                continue
             if type(child).__name__ in CONVOLUTIONS:
                 handles.append(child.register_forward_hook(note_output))
             elif follows(child):
@@ -109,6 +111,7 @@ def _is_supported(dtype: torch.dtype) -> bool:
 def _is_fusable(convolution: nn.Module) -> bool:
     return (
         type(convolution).__name__ in CONVOLUTIONS
+        and not convolution._forward_hooks
         and convolution.padding_mode == "zeros"
         and not isinstance(convolution.padding, str)
     )

@@ -131,3 +131,16 @@ def test_a_changed_weight_makes_a_new_copy():
     feature_map = model.castream.extract_features(pixel_values)[0][-1]
     torch.testing.assert_close(after, normalize_maps(eigen_cam(feature_map.detach())), rtol=1e-3, atol=1e-4)
     assert (after - before).abs().max() > 0.01
+
+
+def test_a_stream_that_reads_a_convolution_a_norm_or_an_activation_reads_its_own_output():
+    for name in ("convolution", "normalization", "activation"):
+        layers = {"stream_layers": [f"embedder.embedder.{name}", "stage4"], "stream_channels": [8, 32]}
+        model = trained(CAStreamForImageClassification(CAStreamConfig(backbone_config=tiny_resnet(), **layers)))
+        pixel_values = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            expected, _ = model.castream.extract_features(pixel_values)
+            with folding():
+                found, _ = model.castream.extract_features(pixel_values)
+                assert inference_backbone(model.castream.backbone, pixel_values) is not model.castream.backbone
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
