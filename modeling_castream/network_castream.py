@@ -81,7 +81,8 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
     def _take_out_classifier(self, num_labels: int) -> int | None:
         """Replace the last linear layer by nothing; its input's length, None where the head ends in something else."""
         name = self.timm_model.pretrained_cfg["classifier"]
-        layer = self.timm_model.get_submodule(name) if isinstance(name, str) else None
+        distilled = hasattr(self.timm_model, "head_dist")  # two heads, of which some of LeViT's name one
+        layer = self.timm_model.get_submodule(name) if isinstance(name, str) and not distilled else None
         if type(layer) is not nn.Linear or layer.bias is None or layer.out_features != num_labels:
             return None
         self.timm_model.set_submodule(name, nn.Identity())
@@ -103,7 +104,9 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
         """What the head reads, in the network's own layout, and the maps of `inner_layers`, channels first."""
         if not self.inner_layers:
             return self.timm_model.forward_features(pixel_values), []
-        return self.timm_model.forward_intermediates(pixel_values, indices=self.inner_layers)
+        last = len(self.config.features["layers"]) - 1  # else Hiera stops before it
+        features, maps = self.timm_model.forward_intermediates(pixel_values, indices=[*self.inner_layers, last])
+        return features, maps[:-1]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -284,6 +287,8 @@ def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
         found = tuple(features.shape) if isinstance(features, torch.Tensor) else f"a {type(features).__name__}"
         raise ValueError(f"backbone_config: {config.model_type} ends in {found}, not in one feature map.")
     layout = "NLC" if features.ndim == 3 else getattr(model, "output_fmt", "NCHW")
+    if features.ndim == 4 and maps and features.movedim(-1, 1).shape == maps[-1].shape:  # HieraDet does not say it
+        layout = "NHWC"
     num_channels = features.shape[1 if layout == "NCHW" else -1]
     if model is not None and num_channels != maps.pop().shape[1]:
         names[-1] = NECK
