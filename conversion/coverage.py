@@ -1,72 +1,93 @@
 """python -m castream.conversion.coverage: convert one classifier of every kind, and print what came of it.
 
 The weights are a network's own random ones, with biases, scales and normalisation statistics off their trivial values,
-so that a layer left out or a wrong epsilon shows. Of timm, the smallest network of each class that has one of at most
-`--parameters`; with `--all`, every network up to that size. A row tells the largest difference of logits, or why the
-network is refused.
+so that a layer left out or a wrong epsilon shows. Of timm, the smallest network of each class and pooling, if it has at
+most `--parameters`; with `--all`, every network up to that size. A row tells the largest difference of logits, or why
+the network is refused; the last line, how many of timm's names that average are of an exact class.
 """
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import timm
 import torch
 from transformers.utils import logging
 
-from .classifier import write_classifier
+from .classifier import load_source, write_classifier
+from .parity import Parity
 from .random_sources import TORCHVISION, TRANSFORMERS, randomise, write_random_source
 from .timm_sources import describe, pooling_kind
 
+AVERAGES = ("avg", "fast", "avg token", None)  # timm's names of poolings that may be a mean over positions
 
-def timm_networks(largest: int) -> Iterator[tuple[str, int, str, str | None]]:
-    """Name, number of parameters, class and pooling of timm's classifiers of at most `largest` parameters."""
+
+@dataclass(frozen=True)
+class Network:
+    """One of timm's classifiers: its name, number of parameters, class, and timm's name of its pooling."""
+
+    name: str
+    size: int
+    family: str
+    pooling: str | None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.family, str(self.pooling)
+
+
+def timm_networks() -> Iterator[Network]:
+    """All of timm's classifiers that can be made without data."""
     for name in timm.list_models():
         with torch.device("meta"):
             try:
                 model = timm.create_model(name)
             except Exception:  # a few networks compute with their weights when they are made
                 continue
-        count = sum(parameter.numel() for parameter in model.parameters())
-        if count <= largest and model.num_classes:
-            yield name, count, type(model).__name__, pooling_kind(model)
+        if model.num_classes:
+            size = sum(parameter.numel() for parameter in model.parameters())
+            yield Network(name, size, type(model).__name__, pooling_kind(model))
 
 
-def smallest_of_each_class(networks: list[tuple]) -> list[tuple]:
+def smallest_of_each_kind(networks: list[Network]) -> list[Network]:
     """The smallest network of each class and pooling."""
     found = {}
-    for network in sorted(networks, key=lambda network: network[1]):
-        found.setdefault(network[2:], network)
-    return sorted(found.values(), key=lambda network: network[2])
+    for network in sorted(networks, key=lambda network: network.size):
+        found.setdefault(network.kind, network)
+    return [found[kind] for kind in sorted(found)]
 
 
-def _try_timm(name: str, folder: Path) -> str:
+def try_timm(name: str, folder: Path) -> Parity:
+    """Convert a network of timm with random weights and seven classes.
+
+    Raises:
+        ValueError: where it is refused.
+    """
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=7)
     size = model.pretrained_cfg["input_size"][-1]
-    parity = write_classifier(describe(randomise(model, size), {}, f"timm:{name}"), folder)
-    return f"{parity.logits:.1e} of {parity.largest_logit:.3g}"
+    return write_classifier(describe(randomise(model, size), {}, f"timm:{name}"), folder / "converted")
 
 
-def _try_row(row: str, folder: Path) -> str:
-    from .classifier import load_source
-
+def try_row(row: str, folder: Path) -> Parity:
+    """Convert one of `random_sources.ROWS`; see `try_timm`."""
     source = load_source(*write_random_source(row, folder / "source"))
-    parity = write_classifier(source, folder / "converted")
-    return f"{parity.logits:.1e} of {parity.largest_logit:.3g}"
+    return write_classifier(source, folder / "converted")
 
 
-def outcome(attempt, *arguments) -> str:
-    """What a conversion measured, or the reason of its refusal."""
+def outcome(attempt: Callable[[str, Path], Parity], name: str) -> tuple[bool, str]:
+    """Whether a conversion is exact; and what it measured, or the reason of its refusal."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return attempt(*arguments, Path(folder) / "converted")
+            parity = attempt(name, Path(folder))
         except ValueError as error:
-            return f"refused: {' '.join(str(error).split())}"
+            return False, f"refused: {' '.join(str(error).removeprefix(f'timm:{name} ').split())}"
         except Exception as error:  # a network that breaks by itself
-            return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            return False, f"fails: {type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return True, f"{parity.logits:.1e} of {parity.largest_logit:.3g}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,14 +97,21 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    networks = list(timm_networks(arguments.parameters))
-    chosen = networks if arguments.all else smallest_of_each_class(networks)
-    print("| source | largest logit difference, of largest logit; or why it is refused |\n| --- | --- |")
-    for row in (*(f"transformers:{name}" for name in TRANSFORMERS), *(f"torchvision:{name}" for name in TORCHVISION)):
-        print(f"| {row} | {outcome(_try_row, row)} |", flush=True)
-    for name, _, family, kind in chosen:
-        alike = sum(network[2:] == (family, kind) for network in networks)
-        print(f"| timm {family}, {kind}: {name} and {alike - 1} more | {outcome(_try_timm, name)} |", flush=True)
+    print("| kind | network | difference, or reason |\n| --- | --- | --- |")
+    for library, names in (("torchvision", TORCHVISION), ("transformers", TRANSFORMERS)):
+        for name in names:
+            print(f"| {library} | {name} | {outcome(try_row, f'{library}:{name}')[1]} |", flush=True)
+    networks = list(timm_networks())
+    exact = set()
+    for network in networks if arguments.all else smallest_of_each_kind(networks):
+        if network.size <= arguments.parameters:
+            is_exact, what = outcome(try_timm, network.name)
+            exact |= {network.kind} if is_exact else set()
+            alike = sum(other.kind == network.kind for other in networks)
+            kind = f"timm {network.family}, pooling {network.pooling}"
+            print(f"| {kind}, {alike} names | {network.name} | {what} |", flush=True)
+    averaging = [network.kind in exact for network in networks if network.pooling in AVERAGES]
+    print(f"\n{sum(averaging)} of timm's {len(averaging)} names that average are of an exact class.")
     return 0
 
 

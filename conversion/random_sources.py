@@ -75,6 +75,12 @@ _WHOLE = {
     "swiftformer": {"image_size": 64, "embed_dims": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
     "swinv2": _SWIN,
     "textnet": {},
+    "hgnet_v2": {
+        **{"stem_channels": [3, 8, 16], "stage_in_channels": [16, 16, 24, 32], "stage_mid_channels": [8, 8, 8, 8]},
+        **{"stage_out_channels": [16, 24, 32, 48], "stage_num_blocks": [1] * 4, "stage_numb_of_layers": [2] * 4},
+        **{"hidden_sizes": [16, 24, 32, 48], "depths": [1] * 4},
+    },
+    "pp_lcnet": {"scale": 0.25, "class_expand": 64},
 }
 _GAINS = {"efficientnet": 12.0, "mobilevit": 24.0}  # of the weights, where swish and gates swallow more of the signal
 TRANSFORMERS = {

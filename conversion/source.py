@@ -49,4 +49,4 @@ class Source:
         """Scores (batch_size, num_labels) of the classifier."""
         with torch.no_grad():
             output = self.model(pixel_values)
-        return output if isinstance(output, torch.Tensor) else output.logits
+        return output if isinstance(output, torch.Tensor) else output[0]  # PP-LCNet calls them last_hidden_state

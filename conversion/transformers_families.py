@@ -39,6 +39,20 @@ def _whole_rules(config: PreTrainedConfig) -> list:
     return [(rf"^{re.escape(classifiers[0])}\.", CLASSIFIER), inside]
 
 
+def _pp_lcnet_layers(config: PreTrainedConfig) -> dict:
+    """PP-LCNet's convolution of the pooled vector and its activation."""
+    wide = {"type": "linear", "out_channels": config.class_expand}
+    return {"head_layers": [wide, {"type": "activation", "function": config.hidden_act}]}
+
+
+def _adapt_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Weights as the converted model takes them: PP-LCNet's dropout scales in eval mode, too, what its head reads."""
+    state = model.state_dict()
+    if model.config.model_type == "pp_lcnet":
+        state["head.weight"] = state["head.weight"] * (1 - model.config.hidden_dropout_prob)
+    return state
+
+
 def _bit_layers(config: PreTrainedConfig) -> dict:
     """BiT's norm and activation before pooling, which its network has with pre-activation blocks only."""
     if config.layer_type != "preactivation":
@@ -67,6 +81,11 @@ FAMILIES = {
             (r"^swin\.", rf"{BACKBONE}\g<0>"),
         ],
     ),
+    "hgnet_v2": (_without_layers, [(r"^fc\.", CLASSIFIER), (r"^", BACKBONE)]),
+    "pp_lcnet": (
+        _pp_lcnet_layers,
+        [(r"^head\.", CLASSIFIER), (r"^last_convolution\.", f"{HEAD}0."), (r"^", BACKBONE)],
+    ),
     "dinov2": (_cls_token, [(r"^classifier\.", CLASSIFIER), (r"^dinov2\.", BACKBONE)]),
     "dinov2_with_registers": (
         _cls_token,
@@ -87,8 +106,11 @@ _READERS = {  # what classifiers do that do not average
     "deit": "it reads the CLS token",
     "vit": "it reads the CLS token",
     "vit_msn": "it reads the CLS token",
+    "imagegpt": "it reads sequences of colours, not images",
     "perceiver": "it reads a learned query's output",
     "pvt": "it reads the CLS token",
+    "shieldgemma2": "it is a language model that answers yes or no",
+    "siglip2": "it reads lists of patches that its processor cuts out, not images (SigLIP 2 of a fixed size is siglip)",
 }
 
 
@@ -99,6 +121,8 @@ def _check_family(source: str, config: PreTrainedConfig) -> None:
         reason = "it reads the CLS token (use_mean_pooling is false)"
     if reason:
         raise ValueError(f"{source} ({family}) has no global average pooling of a feature map to replace: {reason}.")
+    if family == "dinat":
+        raise ValueError(f"{source} (dinat) does not run: transformers' DiNAT takes rows for heads, natten or not.")
     if family not in (*FAMILIES, *HEADS, "timm_wrapper"):
         raise ValueError(f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}.")
 
@@ -184,5 +208,6 @@ def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
         },
         rules=rules,
         image_processor=image_processor,
+        state=_adapt_state(model),
         transform=lambda images: torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"])),
     )

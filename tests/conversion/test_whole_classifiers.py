@@ -7,7 +7,15 @@ from castream.conversion.classifier import load_source
 from castream.conversion.random_sources import TRANSFORMERS, write_random_source
 from castream.conversion.timm_sources import describe
 from timm.models import save_for_hf
-from transformers import AutoConfig, TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers import (
+    AutoConfig,
+    CvtConfig,
+    CvtForImageClassification,
+    DinatConfig,
+    DinatForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+)
 
 from modeling_castream import CAStreamForImageClassification, explain
 from modeling_castream.network_castream import HEADS
@@ -24,7 +32,10 @@ def test_every_type_of_the_table_has_a_row():
     assert {name.split(",")[0] for name in WHOLE} == {name for name in HEADS if name.islower()}
 
 
-@pytest.mark.parametrize("row", [*(f"transformers:{name}" for name in WHOLE), "torchvision:mobilenet_v3_small"])
+ROWS = [*WHOLE, "hgnet_v2", "pp_lcnet"]
+
+
+@pytest.mark.parametrize("row", [*(f"transformers:{name}" for name in ROWS), "torchvision:mobilenet_v3_small"])
 def test_explanations_and_a_training_step(convert_row, row):
     model = CAStreamForImageClassification.from_pretrained(convert_row(row).folder)
     assert len(model.config.stream_layers) > 1
@@ -55,6 +66,28 @@ def test_a_cls_token_is_no_average(tmp_path, family):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"it reads the CLS token \(use_mean_pooling is false\)"):
         load_source(str(tmp_path))
+
+
+def test_dinat_does_not_run(tmp_path, monkeypatch):
+    """What its refusal says of transformers, with functions that return what natten's do of (batch, heads, ...)."""
+    config = DinatConfig(embed_dim=16, depths=[1], num_heads=[2], kernel_size=3, dilations=[[1]])
+    module = "transformers.models.dinat.modeling_dinat"
+    monkeypatch.setattr(f"{module}.requires_backends", lambda *args: None)
+    monkeypatch.setattr(f"{module}.natten2dqkrpb", lambda query, key, *args: query[..., :1].repeat(1, 1, 1, 1, 9))
+    monkeypatch.setattr(f"{module}.natten2dav", lambda attention, value, *args: value)
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        DinatForImageClassification(config)(pixels())
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(dinat\) does not run: transformers' DiNAT takes rows for heads"):
+        load_source(str(tmp_path))
+
+
+def test_a_cvt_that_averages_does_not_run():
+    """What its refusal says of transformers."""
+    config = CvtConfig(embed_dim=[8, 16, 24], num_heads=[1, 2, 3], depth=[1, 2, 3], cls_token=[False] * 3)
+    network = CvtForImageClassification(config).eval()
+    with pytest.raises(IndexError):
+        network(pixels())
 
 
 @pytest.mark.parametrize(
