@@ -5,7 +5,7 @@ within `evaluating(model)`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 
@@ -14,7 +14,6 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .configuration_castream import resolve_pooling
-from .folding_castream import folding
 
 # The model that `evaluating` holds in eval mode, in this thread or task.
 _evaluated: ContextVar[nn.Module | None] = ContextVar("castream_evaluated", default=None)
@@ -174,6 +173,7 @@ def run_backbone(
     """
     if isinstance(pixel_values, torch.Tensor) and pixel_values.ndim == 4:  # anything else is refused below
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    folding = getattr(model.castream, "folding", nullcontext)  # a model of an earlier version's code has none
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None), folding():
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)

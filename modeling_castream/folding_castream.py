@@ -13,6 +13,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,7 @@ _TOLERANCE = 1e-4  # of the largest value that comes out: rounding stays far bel
 _wanted: ContextVar[bool] = ContextVar("castream_folding", default=False)
 # Backbone -> (its weights' state, its folded copy or None).
 _folded: WeakKeyDictionary[nn.Module, tuple[tuple, nn.Module | None]] = WeakKeyDictionary()
+_building = Lock()
 
 
 @contextmanager
@@ -45,10 +47,11 @@ def inference_backbone(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Mo
     if not _wanted.get() or backbone.training or torch.is_grad_enabled():
         return backbone
     state = _state(backbone)
-    known = _folded.get(backbone)
-    if known is None or known[0] != state:
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            known = _folded[backbone] = (state, _inference_copy(backbone, pixel_values[:1].to(_dtype(backbone))))
+    with _building:  # threads that share a model share its copy
+        known = _folded.get(backbone)
+        if known is None or known[0] != state:
+            with torch.autocast(pixel_values.device.type, enabled=False):
+                known = _folded[backbone] = (state, _inference_copy(backbone, pixel_values[:1].to(_dtype(backbone))))
     return known[1] or backbone
 
 

@@ -33,7 +33,7 @@ from .backbone_castream import (
 )
 from .configuration_castream import CAStreamConfig, resolve_pooling
 from .evidence_castream import EvidenceBlock, unit
-from .folding_castream import inference_backbone
+from .folding_castream import folding, inference_backbone
 from .image_processing_castream import CAStreamImageProcessor  # noqa: F401 - saving a model copies what this imports
 from .network_castream import NECK, ClassifierNetwork
 
@@ -308,6 +308,10 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
     def frozen_modules(self) -> list[nn.Module]:
         return [self.backbone, self.neck] if self.config.freeze_backbone else []
+
+    # The context in which `extract_features` runs a folded copy. Callers take it from the model: a model and a pipeline
+    # may be of two copies of this code, a package's and a Hub folder's.
+    folding = staticmethod(folding)
 
     def extract_features(self, pixel_values: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
         """The backbone's part of the forward pass, which all poolings and explanations of an image share.

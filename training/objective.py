@@ -31,8 +31,6 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
 
-from modeling_castream.folding_castream import folding
-
 ENTROPY_IMAGES = 8  # of a batch, whose attention's entropy is taken: of all it costs more than the optimiser's step
 
 FIDELITY_TARGETS = {"memory": 0, "constant": 1}  # which survival each evidence block predicts
@@ -142,8 +140,9 @@ class Objective(nn.Module):
         return self._run_backbone(self.normalize(batch["images"]))
 
     def _run_backbone(self, pixel_values: torch.Tensor) -> Features:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.model.config.freeze_backbone), folding():
-            return self.model.castream.extract_features(pixel_values)
+        castream, frozen = self.model.castream, self.model.config.freeze_backbone
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen), castream.folding():
+            return castream.extract_features(pixel_values)
 
     @torch.no_grad()
     def _extract_fidelity(self, batch: dict) -> dict[str, Features]:

@@ -269,9 +269,7 @@ def test_two_visitors_at_once_see_each_their_own(visit, explain, photos):
         shown = visitor.image(f"Grad-CAM under CA for {second['label']}")
         seen = shown[..., 3] == 255
         expected = explain.color_map()[(answer["saliency"] * 255).round().astype(np.uint8)]
-        apart = np.abs(shown[..., :3][seen].astype(int) - expected[seen]).max(-1)
-        # two threads at once may round a value at the edge of a colour the other way: a pixel or two, by one colour
-        assert apart.max() <= 4 and (apart > 0).sum() <= 10, (apart.max(), (apart > 0).sum())
+        assert np.array_equal(shown[..., :3][seen], expected[seen])
 
 
 def test_the_picture_can_be_kept(visit, photos, tmp_path, scratch):

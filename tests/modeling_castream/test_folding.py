@@ -3,9 +3,11 @@
 import timm
 import torch
 import torchvision
+from PIL import Image
 from torch import nn
+from transformers import BitImageProcessor, pipeline
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, modeling_castream
 from modeling_castream.cam_castream import eigen_cam, normalize_maps
 from modeling_castream.folding_castream import fold_batch_norms, folding, inference_backbone
 from tests.modeling_castream.tiny import tiny_resnet
@@ -144,3 +146,21 @@ def test_a_stream_that_reads_a_convolution_a_norm_or_an_activation_reads_its_own
                 found, _ = model.castream.extract_features(pixel_values)
                 assert inference_backbone(model.castream.backbone, pixel_values) is not model.castream.backbone
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pipeline_of_a_folders_code_runs_the_copy_of_the_packages_model(tmp_path, monkeypatch):
+    """Two copies of this code meet where the package is installed and a Hub folder brings its own."""
+    explained_model().save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    explain = pipeline("image-explanation", model=str(tmp_path), trust_remote_code=True)
+    assert type(explain.model) is CAStreamForImageClassification
+    assert type(explain).__module__.startswith("transformers_modules.")
+    ran = []
+
+    def note(backbone, pixel_values):
+        ran.append(inference_backbone(backbone, pixel_values))
+        return ran[-1]
+
+    monkeypatch.setattr(modeling_castream, "inference_backbone", note)
+    explain(Image.new("RGB", (64, 64), "red"))
+    assert ran and all(network is not explain.model.castream.backbone for network in ran)
