@@ -76,12 +76,17 @@ def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) 
 
 
 def to_card_markdown(results: dict) -> str:
-    """The tables of a model card: methods and control maps under both poolings, and CA minus GAP under each control."""
+    """The tables of a model card: methods and control maps under both poolings, CA minus GAP under each control, and
+    the methods at equal area."""
     names = metric_names(results)
     plain = [row for row in results["rows"] if not row["control"]]
     lines = [*_summary(results), "", *_table(plain, names), "", _legend(names)]
     if results["ca_minus_gap"]:
         lines += ["", f"### {DIFFERENCES}", "", *_table(results["ca_minus_gap"], names)]
+    equal_area = [row for row in results["method_minus_reference"] if row["control"] == "area"]
+    if equal_area:
+        title = f"### Methods minus {equal_area[0]['reference']} at equal area, paired over images"
+        lines += ["", title, "", *_table(equal_area, names)]
     return "\n".join(lines)
 
 

@@ -97,6 +97,7 @@ def render_model_card(
         repo_id=repo_id or name,
         backbone=_backbone_name(config),
         num_blocks=len(config.get("stream_layers") or [None]),
+        evidence=config.get("evidence_queries") or [],
         freeze_backbone=config.get("freeze_backbone", True),
         facts=_facts(config, model_dir, origin["base_model"]),
         figures=[{"path": f"figures/{file}", "caption": CAPTIONS.get(file, Path(file).stem)} for file in figures],

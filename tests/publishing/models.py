@@ -78,5 +78,6 @@ def make_results(model: str = "model", **changes) -> dict:
             row("random_map", "gap", "", 40.0),
         ],
         "ca_minus_gap": [pair("grad_cam", "", -2.0), pair("grad_cam", "area", -0.25)],
+        "method_minus_reference": [],
     }
     return results | changes

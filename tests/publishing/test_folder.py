@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from modeling_castream import CAStreamForImageClassification
-from tests.publishing.models import make_results, save_model
+from tests.publishing.models import entry, make_results, save_model
 
 CODE = {path.name for path in (Path(__file__).parents[2] / "modeling_castream").glob("*_castream.py")}
 
@@ -114,6 +114,20 @@ def test_the_card_s_index_has_the_numbers_of_the_results(model_dir, tmp_path):
     assert "Accuracy: GAP 70.12 [69.12, 71.12]; CA 71.50 [70.50, 72.50]" in text
     assert to_card_markdown(make_results()) in text
     assert "{{" not in text.replace("{{CA-Stream", "") and "{%" not in text
+
+
+def test_the_card_says_what_evidence_shows_where_the_model_has_it(model_dir):
+    before = write_model_card(model_dir).read_text()
+    assert 'method="evidence"' not in before and 'method="object"' not in before
+    config = json.loads((model_dir / "config.json").read_text())
+    (model_dir / "config.json").write_text(json.dumps(config | {"evidence_queries": ["memory"]}))
+    text = write_model_card(model_dir).read_text()
+    assert 'method="evidence"' in text and 'method="object"' not in text and "\n\nThe model is also" in text
+    difference = {"method": "evidence", "reference": "grad_cam", "pooling": "gap", "control": "area"}
+    rows = [difference | {"metrics": {"average_drop": entry(-3.0)}}]
+    text = write_model_card(model_dir, make_results(method_minus_reference=rows)).read_text()
+    assert "### Methods minus grad_cam at equal area, paired over images" in text
+    assert "| evidence | GAP | area | -3.00 [-4.00, -2.00] | – |" in text
 
 
 def test_without_results_the_card_claims_nothing(model_dir):
