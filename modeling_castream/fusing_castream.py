@@ -29,7 +29,7 @@ def find_followers(
     """Each convolution whose output another module takes as it is, with that module, its parent and its name there.
 
     Which follows which is seen on a forward pass, so that it does not matter how the network writes it down. Modules
-    that run twice are left out, and those whose output somebody reads by a hook, as a stream inside of a stage does.
+    that run twice are left out, and those whose output anyone reads by a hook, as a stream inside of a stage does.
 
     Args:
         pixel_values: an input of the network.
