@@ -5,6 +5,7 @@ comparison per number. oneDNN, which torch computes convolutions with, applies t
 compiler calls it in the same way.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -78,10 +79,8 @@ class FusedConvolution(nn.Module):
 
     def __init__(self, convolution: nn.Module, activation: nn.Module | None = None):
         super().__init__()
-        self.convolution, self.activation = (
-            convolution.to(memory_format=torch.channels_last),
-            activation or nn.Identity(),
-        )
+        self.convolution = convolution.to(memory_format=torch.channels_last)
+        self.activation = activation or nn.Identity()
         self._operation = _OPERATIONS.get(type(activation), ("none", []))
         self._weights: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
 
@@ -95,13 +94,34 @@ class FusedConvolution(nn.Module):
             self._weights[dtype] = convolution.weight.to(dtype), None if bias is None else bias.to(dtype)
         features, padding = features.to(dtype), convolution.padding
         if type(convolution).__name__ == "Conv2dSame":
-            from timm.layers import pad_same  # the network is timm's
-
-            features = pad_same(features, convolution.kernel_size, convolution.stride, convolution.dilation)
+            features = _pad_same(features, convolution)
         weight, bias = self._weights[dtype]
         arguments = (list(padding), list(convolution.stride), list(convolution.dilation), convolution.groups)
         name, values = self._operation
         return torch.ops.mkldnn._convolution_pointwise(features, weight, bias, *arguments, name, values, "")
+
+
+def _pad_same(features: torch.Tensor, convolution: nn.Module) -> torch.Tensor:
+    """Features padded with zeros as TensorFlow's "same" has it; only the margin is written twice."""
+    margins = []
+    for size, kernel, stride, dilation in zip(
+        features.shape[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
+    ):
+        lacking = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
+        margins.append((lacking // 2, lacking - lacking // 2))
+    (top, below), (left, right) = margins
+    (height, width), shape = features.shape[2:], features.shape[:2]
+    if not (top or below or left or right):
+        return features
+    padded = torch.empty(
+        (*shape, top + height + below, left + width + right), dtype=features.dtype, memory_format=torch.channels_last
+    )
+    padded[:, :, :top].zero_()
+    padded[:, :, top + height :].zero_()
+    padded[:, :, :, :left].zero_()
+    padded[:, :, :, left + width :].zero_()
+    padded[:, :, top : top + height, left : left + width] = features
+    return padded
 
 
 def _is_supported(dtype: torch.dtype) -> bool:

@@ -26,7 +26,7 @@ import zlib
 from collections.abc import Sequence
 
 import torch
-from castream.data.masks import draw_backgrounds, draw_masks, make_backgrounds, scale_to_unit
+from castream.data.masks import draw_backgrounds, draw_masks, make_backgrounds, scale_to_unit, show_masked
 from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms import v2 as transforms
@@ -155,13 +155,11 @@ class Objective(nn.Module):
         clean = self._teacher(view)
         masks = draw_masks(batch["seed"], self._saliency(maps[-1], clean), self.mask_kinds, pixel_values.shape[2:])
         backgrounds = make_backgrounds(pixel_values, self.mask_backgrounds, self.mean, self.std)
-        chosen = draw_backgrounds(batch["seed"], len(self.mask_kinds), self.mask_backgrounds).to(pixel_values.device)
-        items, survival, kept_view = torch.arange(len(chosen), device=pixel_values.device), [], None
-        which = batch["seed"].to(items.device) % len(self.mask_kinds)
+        chosen = draw_backgrounds(batch["seed"], len(self.mask_kinds), self.mask_backgrounds)
+        survival, kept_view = [], None
+        which = batch["seed"].to(pixel_values.device) % len(self.mask_kinds)
         for number in range(len(self.mask_kinds)):
-            shown = masks[:, number : number + 1].to(pixel_values.dtype)
-            masked = torch.lerp(backgrounds[chosen[:, number], items], pixel_values, shown)
-            features = self._run_backbone(masked.contiguous(memory_format=torch.channels_last))
+            features = self._run_backbone(show_masked(pixel_values, masks[:, number], backgrounds, chosen[:, number]))
             features_of_stream = features[0][-len(self.model.castream.stream.blocks) :], features[1]
             kept_view = _replace_items(kept_view, features_of_stream, which == number)
             survival.append(self._survival(clean, self._teacher(features)))

@@ -1,7 +1,8 @@
 """Masked views: what hides, what shows instead, and that both belong to the sample alone."""
 
+import pytest
 import torch
-from castream.data.masks import draw_backgrounds, draw_masks, make_backgrounds, scale_to_unit
+from castream.data.masks import draw_backgrounds, draw_masks, make_backgrounds, scale_to_unit, show_masked
 
 KINDS = ["soft", "salient", "complement", "blob", "blob"]
 
@@ -34,7 +35,8 @@ def test_each_kind_hides_what_it_says():
 def test_backgrounds_are_normalised_like_the_image():
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.5]).view(3, 1, 1)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    black, grey, blur = make_backgrounds((pixels - mean) / std, ["black", "grey", "blur"], mean, std) * std + mean
+    made = make_backgrounds((pixels - mean) / std, ["black", "grey", "blur"], mean, std)
+    black, grey, blur = (one * std + mean for one in made)
     torch.testing.assert_close(black, torch.zeros_like(pixels), atol=1e-6, rtol=0)
     torch.testing.assert_close(grey, torch.full_like(pixels, 0.5))
     torch.testing.assert_close(blur.mean((2, 3)), pixels.mean((2, 3)), atol=0.01, rtol=0)
@@ -43,3 +45,16 @@ def test_backgrounds_are_normalised_like_the_image():
 
 def test_a_flat_map_scales_to_zero():
     assert scale_to_unit(torch.full((1, 3, 3), 4.0)).abs().max() == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_masked_view_is_the_image_where_it_is_shown_and_its_background_elsewhere(channels):
+    generator = torch.Generator().manual_seed(0)
+    pixels, one, two = torch.randn(3, 4, channels, 5, 6, generator=generator).unbind()
+    masks, chosen = torch.rand(4, 5, 6, generator=generator), torch.tensor([1, 0, 0, 1])
+    for layout in (torch.contiguous_format, torch.channels_last):
+        shown = show_masked(pixels.contiguous(memory_format=layout), masks, [one, two], chosen)
+        for item, kind in enumerate(chosen.tolist()):
+            expected = masks[item] * pixels[item] + (1 - masks[item]) * (one, two)[kind][item]
+            torch.testing.assert_close(shown[item], expected)
+    assert shown.is_contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,12 @@
 """Activations fused with convolutions: the same numbers as one after the other, in every dtype."""
 
+import copy
+
+import pytest
 import timm
 import torch
 import torchvision
+from timm.layers import Conv2dSame
 from torch import nn
 
 from modeling_castream.folding_castream import fold_batch_norms, folding, inference_backbone
@@ -58,6 +62,17 @@ def test_values_of_one_convolution_match_those_of_the_two_modules():
                 fused = FusedConvolution(convolution, activation)
                 torch.testing.assert_close(fused(features), expected, rtol=1e-5, atol=1e-5)
                 torch.testing.assert_close(fused.double()(features.double()).float(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"kernel_size": 3, "stride": 2}, {"kernel_size": 5}, {"kernel_size": (3, 1)}])
+def test_padding_as_tensorflow_has_it(options):
+    convolution = Conv2dSame(4, 6, padding=0, dilation=2 if options["kernel_size"] == 5 else 1, **options)
+    for size in ((9, 12), (12, 9), (5, 5)):
+        features = torch.randn(2, 4, *size)
+        with torch.no_grad():
+            expected = convolution(features)
+            found = FusedConvolution(copy.deepcopy(convolution))(features)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_copy_of_a_model_is_fused_and_a_network_that_reads_its_convolutions_is_not():
