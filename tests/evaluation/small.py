@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from castream.evaluation.intervals import Interval, mean_intervals
 from castream.evaluation.masking import deletion_end, inner_points, insertion_start
 from PIL import Image
 
@@ -49,3 +50,8 @@ def curve_images(metric: str, pixel_values, order, protocol: str = "reference", 
     ends = {"insertion": (start, pixel_values), "deletion": (pixel_values, deletion_end(pixel_values, start, protocol))}
     first, last = ends[metric]
     return torch.cat([first[None], *inner_points(first, last, order, points_per_chunk), last[None]])
+
+
+def mean_interval(values, **options) -> Interval:
+    """The interval of one figure."""
+    return mean_intervals(np.asarray(values, np.float64)[:, None], **options)[0]

@@ -17,7 +17,6 @@ from castream.evaluation.figures import (
     write_examples,
     write_report_examples,
 )
-from castream.evaluation.intervals import mean_interval, paired_interval
 from castream.evaluation.markdown import to_markdown
 from castream.evaluation.published import published_rows
 from castream.evaluation.store import SCHEMA, Part
@@ -27,7 +26,7 @@ from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
 
 from modeling_castream import CAStreamConfig, explain
 from modeling_castream.methods_castream import METHODS
-from tests.evaluation.small import small_examples, small_image, small_model, small_processor
+from tests.evaluation.small import mean_interval, small_examples, small_image, small_model, small_processor
 
 SETTINGS = EvaluationSettings(methods=("grad_cam",), metrics=("average_drop",))
 
@@ -92,7 +91,7 @@ def test_intervals_are_the_same_however_many_are_computed_at_once(monkeypatch):
         assert shares[place] == pytest.approx(expected._asdict() | {"images": 2})
         assert drops[place] == pytest.approx(mean_interval(100 * numbers[:, place])._asdict() | {"images": 3})
     (pair,) = together["ca_minus_gap"]
-    expected = paired_interval(50 * numbers[[0, 2], 1], 50 * numbers[[0, 2], 0])
+    expected = mean_interval(50 * (numbers[[0, 2], 1] - numbers[[0, 2], 0]))
     assert pair["metrics"]["mask_share"] == pytest.approx(expected._asdict() | {"images": 2})
 
 

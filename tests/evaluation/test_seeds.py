@@ -5,11 +5,10 @@ import json
 import pytest
 import torch
 from castream.evaluation import EvaluationSettings, evaluate_saliency
-from castream.evaluation.intervals import paired_interval
 from castream.evaluation.seeds import combine_seeds, main
 from castream.evaluation.store import TABLE_NAME, SavedPart
 
-from tests.evaluation.small import small_examples, small_model, small_processor
+from tests.evaluation.small import mean_interval, small_examples, small_model, small_processor
 
 SETTINGS = EvaluationSettings(methods=("grad_cam", "raw_attention"), metrics=("average_drop", "average_gain"))
 
@@ -41,7 +40,7 @@ def test_intervals_are_of_the_mean_over_seeds_and_each_figure_has_the_seeds_own(
     [pair] = [row for row in combined["ca_minus_gap"] if row["method"] == "grad_cam" and row["control"] == ""]
     figure = pair["metrics"]["average_drop"]
     ca, gap = (sum(per_image(folder, "grad_cam", pooling) for folder in folders) / 3 for pooling in ("ca", "gap"))
-    expected = paired_interval(ca, gap)
+    expected = mean_interval(ca - gap)
     assert (figure["mean"], figure["low"], figure["high"]) == pytest.approx(tuple(expected), abs=1e-9)
     own = [(per_image(f, "grad_cam", "ca") - per_image(f, "grad_cam", "gap")).mean() for f in folders]
     assert figure["by_seed"] == pytest.approx(own, abs=1e-9)
