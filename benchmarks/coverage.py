@@ -1,4 +1,4 @@
-"""python -m castream.conversion.coverage: convert one classifier of every kind, and print what came of it.
+"""python -m benchmarks.coverage: convert one classifier of every kind, and print what came of it.
 
 The weights are a network's own random ones, with biases, scales and normalisation statistics off their trivial values,
 so that a layer left out or a wrong epsilon shows. Of timm, the smallest network of each class and pooling, if it has at
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import timm
 import torch
+from castream.conversion.classifier import load_source, write_classifier
+from castream.conversion.parity import Parity
+from castream.conversion.timm_sources import describe, pooling_kind
 from transformers.utils import logging
 
-from .classifier import load_source, write_classifier
-from .parity import Parity
-from .random_sources import TORCHVISION, TRANSFORMERS, randomise, write_random_source
-from .timm_sources import describe, pooling_kind
+from .random_networks import TORCHVISION, TRANSFORMERS, randomise, write_random_source
 
 AVERAGES = ("avg", "fast", "avg token", None)  # timm's names of poolings that may be a mean over positions
 
@@ -73,7 +73,7 @@ def try_timm(name: str, folder: Path) -> Parity:
 
 
 def try_row(row: str, folder: Path) -> Parity:
-    """Convert one of `random_sources.ROWS`; see `try_timm`."""
+    """Convert one of `random_networks.ROWS`; see `try_timm`."""
     source = load_source(*write_random_source(row, folder / "source"))
     return write_classifier(source, folder / "converted")
 
@@ -91,7 +91,7 @@ def outcome(attempt: Callable[[str, Path], Parity], name: str) -> tuple[bool, st
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m castream.conversion.coverage", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.coverage", description=__doc__)
     parser.add_argument("--parameters", type=float, default=60e6, help="of the largest timm network (default: 60e6)")
     parser.add_argument("--all", action="store_true", help="every timm network up to that size, not one per class")
     arguments = parser.parse_args(argv)

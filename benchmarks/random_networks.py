@@ -7,6 +7,8 @@ import numpy as np
 import timm
 import torch
 import torchvision
+from castream.conversion.parity import example_images
+from castream.conversion.torchvision_sources import published_weights
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,9 +25,6 @@ from transformers import (
     SwinConfig,
     ViTImageProcessor,
 )
-
-from .parity import example_images
-from .torchvision_sources import published_weights
 
 _LABELS = 7
 _SIZE = 64

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from castream.conversion.classifier import load_source, write_classifier
 from castream.conversion.parity import Parity
-from castream.conversion.random_sources import write_random_source
+
+from benchmarks.random_networks import write_random_source
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Converted:
 
 @pytest.fixture(scope="session")
 def convert_row(tmp_path_factory):
-    """A function from a row of `conversion.random_sources.ROWS` to its `Converted`."""
+    """A function from a row of `random_networks.ROWS` to its `Converted`."""
     made = {}
 
     def convert_row(row: str) -> Converted:

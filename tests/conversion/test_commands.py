@@ -10,7 +10,6 @@ import timm
 import torch
 from castream.conversion.classifier import load_source
 from castream.conversion.command import main
-from castream.conversion.random_sources import write_random_source
 from PIL import Image
 from transformers import (
     ResNetConfig,
@@ -20,6 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from benchmarks.random_networks import write_random_source
 from tests.conversion.research_network import research_state
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,11 +9,11 @@ import torch
 import torchvision
 from castream.conversion import convert_classifier
 from castream.conversion.parity import example_images
-from castream.conversion.random_sources import ROWS, TORCHVISION
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from benchmarks.random_networks import ROWS, TORCHVISION
 from modeling_castream import CAStreamForImageClassification
 from tests.fresh_process import run_fresh
 

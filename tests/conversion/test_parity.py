@@ -5,7 +5,8 @@ import torch
 from castream.conversion.classifier import convert, load_source, write_classifier
 from castream.conversion.mapping import load_renamed, rename
 from castream.conversion.parity import check_parity
-from castream.conversion.random_sources import write_random_source
+
+from benchmarks.random_networks import write_random_source
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from castream.conversion.classifier import load_source
-from castream.conversion.random_sources import TRANSFORMERS, write_random_source
 from castream.conversion.timm_sources import describe
 from timm.models import save_for_hf
 from transformers import (
@@ -17,6 +16,7 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
+from benchmarks.random_networks import TRANSFORMERS, write_random_source
 from modeling_castream import CAStreamForImageClassification, explain
 from modeling_castream.network_castream import HEADS
 from modeling_castream.saliency_castream import METHODS
