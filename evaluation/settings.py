@@ -30,7 +30,8 @@ class EvaluationSettings:
         protocol: `"reference"`, the paper's, or `"stable"`; see evaluation/README.md for what differs and by how much.
             The name of one of stable's changes (STABLE_CHANGES) is the reference with that change alone.
         target: explain the `"label"` or the `"predicted"` class; under both poolings it is the class that the first
-            of `poolings` predicts. Examples without a label are explained for the predicted class.
+            of `poolings` predicts, and methods that need no class, such as evidence, are not given one. Examples
+            without a label are explained for the predicted class.
         batch_size: images per forward pass.
         controls: names from CONTROLS.
         max_images: stop after this many examples; None for all.
