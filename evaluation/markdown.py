@@ -121,6 +121,13 @@ def _describe(results: dict) -> str:
         more = ", and those in results.json" if len(sample["skipped"]) > MAX_LISTED else ""
         one, several = (f"could not be decoded and {verb} skipped" for verb in ("was", "were"))
         sentences.append(f"{_count(len(sample['skipped']), one, several)}: {listed}{more}.")
+    precision = results.get("precision") or {}
+    if precision.get("correlation"):
+        known = [f"{name} {value:.4f}" for name, value in precision["correlation"].items() if value is not None]
+        sentences.append(
+            f"The backbone ran in {precision['autocast']}; correlation with float32 over the first "
+            f"{_count(precision['images'])}: {', '.join(known)}."
+        )
     if results.get("temperature"):
         sentences.append(f"GAP's confidence is CA's at temperature {results['temperature']:.4f}.")
     return " ".join(sentences)

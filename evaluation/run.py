@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from .block import evaluate_block
 from .controls import confidences, fit_temperature
 from .data import Block, Examples, Preprocessor, prepare_block, read_blocks, read_examples
 from .figures import WRONG
+from .precision import choose_autocast, correlations
 from .published import published_rows
 from .report import Report
 from .scorer import Scorer
@@ -116,11 +118,13 @@ class _Run:
         self.done = {number for part in finished for number in part.blocks}
         self.known = set(_indices(finished))
         self.read = 0  # rows of the dataset, of all processes
+        self.precision = {}
         self.kept = {}  # examples for the picture, where there is no folder
         accelerator.wait_for_everyone()  # nobody writes a part before all have read the same ones
 
     def report(self, model_name: str, command: str | None) -> Report:
         """Evaluate what is missing, gather, and summarise."""
+        self.precision = self._choose_precision()
         temperature = self._temperature() if "temperature" in self.settings.controls else None
         scorer = self._scorer(temperature)
         part = self._gather(self._evaluate(scorer))
@@ -132,6 +136,7 @@ class _Run:
             "image_processor": self.preprocessor.describe(),
             "note": self._note(),
             "temperature": temperature,
+            "precision": gather_object([self.precision])[0],  # the main process compares
         }
         results = summarize(self.settings, part, context)
         return Report(
@@ -161,8 +166,18 @@ class _Run:
             self.store.finish()
         self.accelerator.wait_for_everyone()
 
-    def _scorer(self, temperature: float | None) -> Scorer:
-        return Scorer(self.model, self.settings, self.preprocessor.mean, self.preprocessor.std, temperature)
+    def _choose_precision(self) -> dict:
+        """The precision that the main process chose, now or in an earlier run, and what it found out about it."""
+        found = self.store.read_value("precision") if self.store is not None else None
+        if found is None and self.accelerator.is_main_process:
+            found = {"autocast": choose_autocast(self.settings, self.model, self.preprocessor.size)}
+            if self.store is not None:
+                self.store.write_value("precision", found)
+        return gather_object([found])[0]
+
+    def _scorer(self, temperature: float | None, autocast: str | None = None) -> Scorer:
+        settings = replace(self.settings, autocast=autocast or self.precision["autocast"])
+        return Scorer(self.model, settings, self.preprocessor.mean, self.preprocessor.std, temperature)
 
     def _blocks(self, description: str, done: set[int]) -> Iterator[Block]:
         """This process's blocks that are not done, prepared, with a progress bar over all images."""
@@ -233,8 +248,18 @@ class _Run:
             return Part.of_block(block.number, [], block.skipped)
         with _naming(block):
             rows, maps = evaluate_block(scorer, block)
+            if block.number == 0 and scorer.settings.autocast != "off":  # the main process's
+                exact, _ = evaluate_block(self._scorer(scorer.temperature, "off"), block)
+                self._note_precision(rows, exact)
         self._keep_examples(block, rows, maps)
         return Part.of_block(block.number, rows, block.skipped)
+
+    def _note_precision(self, rows: list[dict], exact: list[dict]) -> None:
+        """Note how rows go with those of the same images in float32."""
+        found = correlations(rows, exact, self.settings.metrics)
+        self.precision |= {"images": len({row["index"] for row in rows}), "correlation": found}
+        if self.store is not None:
+            self.store.write_value("precision", self.precision)
 
     def _picks(self) -> set[int]:
         """Which images the picture shows: spread over the dataset where its size is known, else the first ones."""

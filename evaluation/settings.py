@@ -6,7 +6,7 @@ POOLINGS = ("gap", "ca")
 STABLE_CHANGES = ("hiding_blur", "blurred_deletion", "random_ties")
 PROTOCOLS = ("reference", "stable", *STABLE_CHANGES)
 TARGETS = ("label", "predicted")
-AUTOCASTS = ("off", "bf16", "fp16")
+AUTOCASTS = ("off", "auto", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
 CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "bound", "map_only", "area", "randomization")
 PAIRED_CONTROLS = ("temperature", "norm", "bound", "map_only")  # compare the poolings, so they need both
@@ -36,7 +36,8 @@ class EvaluationSettings:
         controls: names from CONTROLS.
         max_images: stop after this many examples; None for all.
         seed: of the random control map, the shuffled classifier and the intervals.
-        autocast: `"off"`, `"bf16"` or `"fp16"`: precision of the backbone's forward passes.
+        autocast: `"off"`, `"bf16"` or `"fp16"`: precision of the backbone's forward passes; `"auto"` is `"bf16"` where
+            that is faster on this machine, else `"off"`. The report says how its figures correlate with float32's.
         num_examples: images in examples.png.
 
     Raises:
