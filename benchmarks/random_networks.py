@@ -32,10 +32,15 @@ _VIT = {"image_size": 64, "patch_size": 16, "hidden_size": 32, "num_hidden_layer
 _VIT |= {"intermediate_size": 48}
 _PYRAMID = {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]}
 _SWIN = {"image_size": 64, "embed_dim": 16, "depths": [1, 2, 1], "num_heads": [2, 2, 4], "window_size": 4}
+_PVT = {"image_size": 64, "hidden_sizes": [8, 16, 24, 32], "depths": [1] * 4, "num_attention_heads": [1, 1, 2, 2]}
 _WHOLE = {
     "beit": _VIT,
     "clip": {"vision_config": _VIT},
+    "beit, CLS token": {**_VIT, "use_mean_pooling": False},
     "data2vec-vision": _VIT,
+    "data2vec-vision, CLS token": {**_VIT, "use_mean_pooling": False},
+    "deit": {**_VIT, "architectures": ["DeiTForImageClassification"]},
+    "deit, with teacher": {**_VIT, "architectures": ["DeiTForImageClassificationWithTeacher"]},
     "donut-swin": _SWIN,
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.1, "hidden_dim": 320, "image_size": 64},
     "focalnet": {"image_size": 64, "embed_dim": 16, "hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
@@ -57,19 +62,10 @@ _WHOLE = {
     },
     "mobilevitv2": {"width_multiplier": 0.25, "image_size": 64},
     "poolformer": {"hidden_sizes": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
-    "pvt_v2": {
-        "image_size": 64,
-        "hidden_sizes": [8, 16, 24, 32],
-        "depths": [1] * 4,
-        "num_attention_heads": [1, 1, 2, 2],
-    },
+    "pvt": {**_PVT, "num_labels": _LABELS},  # a field of its own there
+    "pvt_v2": _PVT,
     "regnet": {"embedding_size": 8, **_PYRAMID, "groups_width": 8},
-    "segformer": {
-        "image_size": 64,
-        "hidden_sizes": [8, 16, 24, 32],
-        "depths": [1] * 4,
-        "num_attention_heads": [1, 1, 2, 2],
-    },
+    "segformer": _PVT,
     "siglip": {"vision_config": _VIT},
     "swiftformer": {"image_size": 64, "embed_dims": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
     "swinv2": _SWIN,
@@ -80,6 +76,8 @@ _WHOLE = {
         **{"hidden_sizes": [16, 24, 32, 48], "depths": [1] * 4},
     },
     "pp_lcnet": {"scale": 0.25, "class_expand": 64},
+    "vit": _VIT,
+    "vit_msn": _VIT,
 }
 _GAINS = {"efficientnet": 12.0, "mobilevit": 24.0}  # of the weights, where swish and gates swallow more of the signal
 TRANSFORMERS = {

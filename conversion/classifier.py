@@ -1,4 +1,4 @@
-"""Any supported classifier as a CA-Stream model whose global average pooling path is that classifier."""
+"""Any supported classifier as a CA-Stream model whose own readout is that classifier."""
 
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def convert_classifier(
     init: str = "gap",
     num_attention_heads: int = 1,
 ) -> tuple[CAStreamForImageClassification, BaseImageProcessor]:
-    """Convert a pretrained classifier and prove that `pooling="gap"` gives its logits.
+    """Convert a pretrained classifier and prove that `pooling="source"` gives its logits.
 
     Args:
         source: as in `load_source`, or a classifier of timm or transformers in memory, whose preprocessing is that of

@@ -43,8 +43,8 @@ def _classifier(arguments: argparse.Namespace) -> str:
         "" if source.taken is None or arguments.checkpoint is None else f" ({source.taken} of {arguments.checkpoint})"
     )
     return (
-        f"{arguments.output}: pooling='gap' is {arguments.source}{taken}; logits differ by at most {parity.logits:.2g} "
-        f"(the largest is {parity.largest_logit:.3g}), pixels by {parity.pixels:.2g}"
+        f"{arguments.output}: pooling='source' is {arguments.source}{taken}; logits differ by at most "
+        f"{parity.logits:.2g} (the largest is {parity.largest_logit:.3g}), pixels by {parity.pixels:.2g}"
     )
 
 
@@ -108,7 +108,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     onnx.set_defaults(run=_onnx)
     onnx.add_argument("--model", required=True, help="folder of a CA-Stream classifier")
     onnx.add_argument("--output", required=True, help="ONNX file to write")
-    onnx.add_argument("--pooling", choices=("ca", "gap"), help="default: the config's")
+    onnx.add_argument("--pooling", choices=("ca", "gap", "source"), help="default: the config's")
     onnx.add_argument("--fixed-size", action="store_true", help="for networks made for one image size, such as Swin")
     return parser
 

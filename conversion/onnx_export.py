@@ -85,7 +85,7 @@ def export_onnx(
     Args:
         folder: of a CAStreamForImageClassification.
         output: the ONNX file; an existing one is replaced.
-        pooling: `"ca"`, `"gap"`, or None for the config's.
+        pooling: `"ca"`, `"source"`, or None for the config's.
         fixed_size: whether height and width are those of the image processor; else they, like the batch size, are free.
 
     Returns:

@@ -18,9 +18,7 @@ from .checkpoint import load_into, plain_head, read_checkpoint
 from .preprocessing import image_processor, labels
 from .source import BACKBONE, CLASSIFIER, Source
 
-_READERS = {  # timm's names of poolings that are no mean over positions
-    "token": "its classifier reads the CLS token",
-    "map": "it pools by attention",
+_READERS = {  # timm's names of poolings that are neither a mean over positions nor a vector beside the patch tokens
     "max": "it takes the maximum over positions",
     "avgmax": "it adds the maximum over positions to the mean",
     "catavgmax": "it joins the mean and the maximum over positions",
@@ -61,9 +59,28 @@ def _layer_before_pooling(model: nn.Module, features: torch.Tensor) -> str | Non
     return next((name for name, module in model.named_modules() if found and module is found[0]), None)
 
 
+def _check_tokens(model: nn.Module, features: torch.Tensor, source: str) -> None:
+    """Refuse a classifier that reads a CLS token, and not by way of its head alone or not beside patch tokens."""
+    problem, names = None, model.pretrained_cfg["classifier"]
+    num_read = 1 if isinstance(names, str) else len(names)
+    if features.ndim == 4:
+        problem = "its head pools by attention with layers of its own"
+    elif features.shape[1] <= num_read:
+        problem = "it does not hand out patch tokens beside the CLS token"
+    elif getattr(model, "attn_pool", None) is None:
+        try:
+            alone = model.forward_head(features[:, :num_read])
+        except (IndexError, RuntimeError):
+            alone = None
+        if alone is None or not torch.equal(alone, model.forward_head(features)):
+            problem = "its classifier reads the CLS token and, in another way, the patch tokens"
+    if problem:
+        raise ValueError(f"{source} has no pooling of patch tokens to replace or to add: {problem}.")
+
+
 @torch.no_grad()
-def check_averages(model: nn.Module, source: str) -> None:
-    """Refuse a timm classifier whose head does not average a feature map.
+def check_readout(model: nn.Module, source: str) -> None:
+    """Refuse a timm classifier whose head neither averages a feature map nor reads a vector beside one.
 
     Raises:
         ValueError: naming what the network does instead.
@@ -81,6 +98,8 @@ def check_averages(model: nn.Module, source: str) -> None:
             f"{source} has no global average pooling of one feature map to replace: its classifier reads "
             f"{len(features)} of them."
         )
+    if kind in ("token", "map"):
+        return _check_tokens(model, features, source)
     layer = _layer_before_pooling(model, features) if features.ndim == 4 else None
     if layer is not None:
         raise ValueError(
@@ -177,7 +196,7 @@ def load_timm(name: str, checkpoint: str | None = None, positional: bool = False
         ema: see `read_checkpoint`.
 
     Raises:
-        ValueError: on a network that does not average a feature map, or weights that can't be had.
+        ValueError: on a network whose readout is not supported, or weights that can't be had.
     """
     if ":" not in name and not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}: see timm.list_models().")
@@ -207,16 +226,16 @@ def describe(model: nn.Module, arguments: dict, source: str) -> Source:
         source: what it is called in messages.
 
     Raises:
-        ValueError: on a network that does not average a feature map.
+        ValueError: on a network whose readout is not supported.
     """
-    check_averages(model, source)
+    check_readout(model, source)
     settings = {
         key: value for key, value in model.pretrained_cfg.items() if value is not None and key not in _PLACES_AND_LABELS
     }
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
     classifier = model.pretrained_cfg["classifier"]
-    rules = [(r"^", f"{BACKBONE}timm_model.")]
+    rules = [(r"^attn_pool\.", f"{BACKBONE}attention_pool."), (r"^", f"{BACKBONE}timm_model.")]
     if isinstance(classifier, str):
         rules.insert(0, (rf"^{re.escape(classifier)}\.", CLASSIFIER))
     return Source(

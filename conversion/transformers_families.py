@@ -101,14 +101,10 @@ FAMILIES = {
     ),
 }
 SUPPORTED = ", ".join(sorted((*FAMILIES, *(family for family in HEADS if family.islower()), "timm_wrapper")))
-_READERS = {  # what classifiers do that do not average
-    "cvt": "it reads the CLS token, and does not run in transformers without one",
-    "deit": "it reads the CLS token",
-    "vit": "it reads the CLS token",
-    "vit_msn": "it reads the CLS token",
+_READERS = {  # what classifiers do that neither average nor read a vector beside a feature map
+    "cvt": "it reads the CLS token of its last stage, and does not run in transformers without one",
     "imagegpt": "it reads sequences of colours, not images",
     "perceiver": "it reads a learned query's output",
-    "pvt": "it reads the CLS token",
     "shieldgemma2": "it is a language model that answers yes or no",
     "siglip2": "it reads lists of patches that its processor cuts out, not images (SigLIP 2 of a fixed size is siglip)",
 }
@@ -117,8 +113,6 @@ _READERS = {  # what classifiers do that do not average
 def _check_family(source: str, config: PreTrainedConfig) -> None:
     family = config.model_type
     reason = _READERS.get(family)
-    if family in ("beit", "data2vec-vision") and not config.use_mean_pooling:
-        reason = "it reads the CLS token (use_mean_pooling is false)"
     if reason:
         raise ValueError(f"{source} ({family}) has no global average pooling of a feature map to replace: {reason}.")
     if family == "dinat":
@@ -187,11 +181,12 @@ def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
     """Describe a transformers classifier in memory, with its image processor.
 
     Raises:
-        ValueError: on a type that does not average a feature map.
+        ValueError: on a type that is not supported.
     """
     _check_family("the model", model.config)
     layers, rules = FAMILIES.get(model.config.model_type, (_whole_classifier, None))
     backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
+    backbone.architectures = [type(model).__name__]  # of several of its type it is that one
     if rules is None:
         rules = _whole_rules(model.config)
     else:

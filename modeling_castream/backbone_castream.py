@@ -272,13 +272,14 @@ def run_backbone(
         output_hidden_states: whether the backbone returns its own hidden states, whatever its config says.
 
     Returns:
-        The feature maps of its stages and captured submodules by name, channels first; and the backbone's own output.
+        The feature maps of its stages and captured submodules by name, channels first; and the backbone's own output,
+        of a whole classifier what its head reads instead of an average.
     """
     captured = {}
     token = _captured.set(captured)
     try:
         if isinstance(backbone, ClassifierNetwork):
-            output, feature_maps = None, backbone.feature_maps(pixel_values)
+            feature_maps, output = backbone.feature_maps(pixel_values)
         else:
             output = backbone(pixel_values, output_hidden_states=output_hidden_states)
             feature_maps = dict(zip(backbone.out_features, output.feature_maps, strict=True))
@@ -301,12 +302,14 @@ def read_feature_maps(
 
     Returns:
         The feature maps named by `config.feature_layers`, each (batch_size, num_channels_l, height_l, width_l), the
-        pooled one last; and the CLS token (batch_size, hidden_size) if `config.classifier_cls_token`, else None.
+        pooled one last; and the CLS token (batch_size, hidden_size) where the classifier reads it, else None.
     """
     feature_maps, output = run_backbone(backbone, pixel_values, output_hidden_states=config.classifier_cls_token)
-    if not isinstance(backbone, ClassifierNetwork):
+    if isinstance(backbone, ClassifierNetwork):
+        cls_token = output
+    else:
         feature_maps[NECK] = neck(feature_maps[backbone.out_features[-1]])
-    cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
+        cls_token = backbone.layernorm(output.hidden_states[-1])[:, 0] if config.classifier_cls_token else None
     return tuple(feature_maps[name] for name in config.feature_layers), cls_token
 
 

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, ResNetConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-POOLINGS = ("ca", "gap")
+POOLINGS = ("ca", "gap", "source")
 VARIANTS = ("stream", "final")
 INITS = ("gap", "reference")
 QUERIES = ("class_agnostic", "class_specific")
@@ -35,15 +35,22 @@ def custom_pipelines() -> dict[str, dict]:
 
 
 def resolve_pooling(config, pooling: str | None) -> str:
-    """The pooling that a call asks for: `"ca"`, `"gap"`, or None for the config's.
+    """The pooling that a call asks for: `"ca"`, or `config.source_pooling` under either of its names; None: the
+    config's.
 
     Raises:
-        ValueError: on any other.
+        ValueError: on any other, and on `"gap"` for a source that does not average.
     """
     pooling = config.pooling if pooling is None else pooling
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, or None for the config's, got {pooling!r}.")
-    return pooling
+    if pooling == "gap" and config.source_pooling != "gap":
+        read = "a CLS token" if config.source_readout == "token" else "what an attention pooling returns"
+        raise ValueError(
+            f"pooling='gap' does not exist here: this model's source reads {read} and averages nothing; "
+            "pooling='source' is its own prediction."
+        )
+    return "ca" if pooling == "ca" else config.source_pooling
 
 
 class TorchvisionConfig(PreTrainedConfig):
@@ -72,8 +79,10 @@ class CAStreamConfig(PreTrainedConfig):
             Configuration of any `AutoBackbone` that yields spatial feature maps, `TimmBackboneConfig` included. A
             dictionary needs a `model_type`. It is copied, never changed in place.
         pooling (`str`, defaults to `"ca"`):
-            What replaces the classifier's pooling: `"ca"`, the cross-attention stream, or `"gap"`, global average
-            pooling. Each call may override it: both live in one checkpoint.
+            What replaces the classifier's pooling: `"ca"`, the cross-attention stream, or `"source"`, the source's own
+            readout. That is global average pooling, which has the name `"gap"`, too; or a CLS token or an attention
+            pooling, where `"gap"` is refused, and `"ca"` adds what the stream pools of the patch tokens to what the
+            source reads. Each call may override it: both live in one checkpoint.
         variant (`str`, defaults to `"stream"`):
             `"stream"` reads every depth, `"final"` the pooled feature map only.
         stream_layers (`list[str]`, *optional*):
@@ -108,7 +117,8 @@ class CAStreamConfig(PreTrainedConfig):
         evidence_channels (`list[int]`, *optional*):
             Number of channels at each of `evidence_layers`. `None`: the model finds them, and writes them here.
         init (`str`, defaults to `"gap"`):
-            `"gap"`: queries and inner maps zero, W_L the identity, so that the untrained stream equals GAP.
+            `"gap"`: queries and inner maps zero, W_L the identity, so that the untrained stream equals GAP; W_L zero
+            where the source averages nothing, so that the untrained stream adds nothing to it.
             `"reference"`: q_0 ~ N(1, 1) and Xavier-uniform maps, as in the authors' code.
         freeze_backbone (`bool`, defaults to `True`):
             Keep backbone and neck in eval mode, also under `.train()`, and without gradient where the model is built or
@@ -210,10 +220,29 @@ class CAStreamConfig(PreTrainedConfig):
         return [{"type": layer["type"], "eps": getattr(self.backbone_config, layer["eps_from"])} for layer in layers]
 
     @property
+    def source_readout(self) -> str:
+        """What the source's classifier reads: `"average"`, `"token"` or `"attention"`, once the model is built."""
+        return (getattr(self.backbone_config, "features", None) or {}).get("readout", "average")
+
+    @property
+    def source_pooling(self) -> str:
+        """Name of the source's own readout: `"gap"` where it averages, else `"source"`."""
+        return "gap" if self.source_readout == "average" else "source"
+
+    @property
+    def gradient_layer(self) -> str:
+        """Where gradients for the pooled feature map are taken: there; or, where the source reads a CLS token, at the
+        depth before it, the last block's input, as the patch tokens after the last block have none."""
+        if self.source_readout != "token":
+            return self.stream_layers[-1]
+        return self.backbone_config.features["layers"][-2:][0]
+
+    @property
     def feature_layers(self) -> list[str]:
-        """Names of all feature maps that the model takes from its backbone: the stream's, and before them the one that
-        only the evidence blocks read."""
-        return [name for name in self.evidence_layers or [] if name not in self.stream_layers] + self.stream_layers
+        """Names of all feature maps that the model takes from its backbone: the stream's, and before them those that
+        only the evidence blocks or gradients read."""
+        others = dict.fromkeys([*(self.evidence_layers or []), self.gradient_layer])
+        return [name for name in others if name not in self.stream_layers] + self.stream_layers
 
     def validate_architecture(self):
         """Check the fields against each other. Called by the constructor.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from .configuration_castream import resolve_pooling
 
@@ -20,7 +22,10 @@ _evaluated: ContextVar[nn.Module | None] = ContextVar("castream_evaluated", defa
 # Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
 _LAYOUT_NODES = {
     f"{name}Backward0"
-    for name in ("Alias", "Clone", "Permute", "ReshapeAlias", "Squeeze", "Transpose", "UnsafeView", "Unsqueeze", "View")
+    for name in (
+        *("Alias", "Clone", "Permute", "ReshapeAlias", "Slice", "Squeeze", "Transpose", "UnsafeView"),
+        *("Unsqueeze", "View"),
+    )
 }
 
 
@@ -79,7 +84,7 @@ class Features:
         model: the classifier.
         pixel_values: (batch_size, num_channels, height, width), on the model's device and in its dtype.
         feature_maps: what the stream reads, shallow to deep, the pooled map last.
-        cls_token: (batch_size, hidden_size), or None where the classifier does not read it.
+        cls_token: as the model's `extract_features` returns it, None where the classifier reads none.
         autocast_dtype: what the backbone ran under, None for no autocast.
         evidence_features: what evidence blocks read, the pooled map last; empty without such a block.
     """
@@ -218,7 +223,7 @@ def logit_direction(features: Features, target: torch.Tensor, pooling: str) -> t
     if pooling == "ca" and features.model.config.preserve_norm:
         direction = direction * _norm_ratio(features)
     projection = features.model.castream.stream.blocks[-1].projection
-    if pooling == "gap" or type(projection) is nn.Identity:
+    if pooling != "ca" or type(projection) is nn.Identity:
         return direction.float()
     if type(projection) is nn.Linear:
         return (direction @ projection.weight).float()
@@ -254,33 +259,117 @@ def pooled_map_gradients(features: Features, target: torch.Tensor, pooling: str)
     return gradients.float()
 
 
-def inner_map_gradients(features: Features, target: torch.Tensor, pooling: str, layer: int) -> torch.Tensor:
-    """d logit_c / d F_l for a map before the pooled one, through the rest of the backbone and through the stream.
+def inner_map_gradients(
+    features: Features, target: torch.Tensor, pooling: str, layer: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """F_l and d logit_c / d F_l, float32, for a map before the pooled one, through the rest of the backbone and through
+    the stream.
 
     This is the one gradient that goes through the backbone: a second forward pass that records the graph, and a
     backward pass from the logit down to F_l.
 
+    For the last layer of a source that reads a CLS token, F_l are the patch tokens that the last block reads, after its
+    norm if it begins with one. After that block only the CLS token has a gradient; and before the norm, which does not
+    see a token's length, the gradient is perpendicular to the token.
+
     Raises:
         ValueError: where the backbone does not carry that map on, so that no such gradient exists.
     """
-    model = features.model
+    model, config = features.model, features.model.config
+    is_last = layer == len(features.feature_maps) - 1
+    name = config.gradient_layer if is_last else config.stream_layers[layer]
     with torch.enable_grad():
         pixel_values = features.pixel_values.clone().requires_grad_()  # a frozen backbone records no graph without
-        feature_maps, cls_token = run_backbone(model, pixel_values, features.autocast_dtype)
-        edge = _edge_on_path(feature_maps[layer], feature_maps[-1])
+        with _Norms() as norms:
+            feature_maps, cls_token = run_backbone(model, pixel_values, features.autocast_dtype)
+        feature_map = feature_maps[config.feature_layers.index(name)]
+        edge = _edge_on_path(feature_map, feature_maps[-1] if config.source_pooling == "gap" else cls_token)
         if edge is None:
             raise ValueError(
-                f"layer {model.config.stream_layers[layer]!r} has no gradient: the backbone returns it but computes "
-                "its later maps from something else. Use the pooled layer (layer=-1), or a method without gradients."
+                f"layer {name!r} has no gradient: the backbone returns it but computes its later maps from something "
+                "else. Use the pooled layer (layer=-1), or a method without gradients."
             )
-        logits = pool_and_classify(model, feature_maps, cls_token, pooling).logits
-        (gradients,) = torch.autograd.grad(_score(logits, target), edge, retain_graph=True)
-        return _to_layout_of(feature_maps[layer], edge, gradients).float()
+        score = _score(pool_and_classify(model, feature_maps, cls_token, pooling).logits, target)
+        if is_last and (tokens := norms.of(edge)) is not None:
+            pair = (tokens.detach(), torch.autograd.grad(score, tokens)[0])
+            return tuple(model.castream.backbone.to_map(one.float(), pixel_values, "NLC") for one in pair)
+        (gradients,) = torch.autograd.grad(score, edge, retain_graph=True)
+        return feature_map.detach().float(), _to_layout_of(feature_map, edge, gradients).float()
 
 
-def _edge_on_path(feature_map: torch.Tensor, pooled_map: torch.Tensor) -> GradientEdge | None:
-    """Where the graph of `pooled_map` meets `feature_map`, seen through transposes and the like; None if nowhere."""
-    ancestors, pending = set(), [pooled_map.grad_fn]
+class _Norms(TorchFunctionMode):
+    """Remembers what each norm of tokens (batch_size, num_tokens, num_channels) read and returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("layer_norm", "rms_norm") and output.ndim == 3 and output.requires_grad:
+            self.calls.append((args[0], output))
+        return output
+
+    def of(self, edge: GradientEdge) -> torch.Tensor | None:
+        """What the first norm returned that read the tensor at an edge of the graph; None where none did."""
+        return next((output for read, output in self.calls if get_gradient_edge(read) == edge), None)
+
+
+class _LastAttention(TorchFunctionMode):
+    """Keeps the last attention of a forward pass whose keys are an image's patches, after any prefix tokens: of its
+    first query, the CLS token's or an attention pooling's.
+
+    It sees the calls of `scaled_dot_product_attention` and softmax, and so needs to know no network's layers.
+    """
+
+    def __init__(self, num_positions: int, num_prefix_tokens: int):
+        super().__init__()
+        self.num_positions, self.num_prefix_tokens = num_positions, num_prefix_tokens
+        self.weights: torch.Tensor | None = None  # (batch_size, num_heads, num_positions)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            self._keep(_first_query_attention(*args, **kwargs))
+        elif getattr(func, "__name__", "") == "softmax" and output.ndim in (3, 4):
+            self._keep(output[:, :, 0] if output.ndim == 4 else output)
+        return output
+
+    def _keep(self, weights: torch.Tensor) -> None:
+        if 0 <= weights.shape[-1] - self.num_positions <= self.num_prefix_tokens:
+            self.weights = weights[..., -self.num_positions :].float()
+
+
+def _first_query_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, *_, **options
+) -> torch.Tensor:
+    """(batch_size, num_heads, num_keys), of the arguments of `scaled_dot_product_attention`."""
+    scale = options.get("scale") or query.shape[-1] ** -0.5
+    scores = (query[:, :, :1] * scale) @ key.transpose(-2, -1)
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask[..., :1, :], -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask[..., :1, :]
+    return scores.float().softmax(-1)[:, :, 0]
+
+
+def source_attention(features: Features) -> torch.Tensor | None:
+    """The attention by which the source's readout was made, (batch_size, num_heads, height_L, width_L), float32: the
+    CLS token's in the last block, or the attention pooling's; None where the network's attention is of another kind.
+
+    It takes a forward pass of its own. It sums to 1 over positions and the prefix tokens, which are left out.
+    """
+    size = features.feature_maps[-1].shape[2:]
+    recorder = _LastAttention(size.numel(), features.model.castream.num_prefix_tokens)
+    with evaluating(features.model), recorder:
+        run_backbone(features.model, features.pixel_values, features.autocast_dtype)
+    return None if recorder.weights is None else recorder.weights.unflatten(2, size)
+
+
+def _edge_on_path(feature_map: torch.Tensor, output: torch.Tensor) -> GradientEdge | None:
+    """Where the graph of `output` meets `feature_map`, seen through transposes and the like; None if nowhere."""
+    ancestors, pending = set(), [output.grad_fn]
     while pending:
         node = pending.pop()
         if node is not None and node not in ancestors:

@@ -22,6 +22,7 @@ from .features_castream import (
     logit_direction,
     pooled_direction,
     pooled_map_gradients,
+    source_attention,
 )
 from .masking_castream import ablation_cam_weights, score_cam_weights
 
@@ -43,6 +44,8 @@ class Method:
         class_agnostic: whether the map is the same for every class.
         needs_target: whether it explains a class, the predicted one where none is given; else a missing target is
             the method's own affair.
+        needs_positions: whether it follows the logit into the positions that were pooled, which a source that reads
+            a CLS token or an attention pooling has none of.
     """
 
     title: str
@@ -53,6 +56,7 @@ class Method:
     pooled_layer_only: bool = False
     class_agnostic: bool = False
     needs_target: bool = True
+    needs_positions: bool = False
 
     def signed_maps(
         self, features: Features, target: torch.Tensor | None, pooling: str, layer: int, chunk_size: int | None
@@ -70,8 +74,8 @@ class Method:
         if self.gradients is None:
             return self.equation(features, target, pooling, layer, chunk_size)
         feature_map = features.feature_maps[layer].float()
-        if layer != len(features.feature_maps) - 1:
-            gradients = inner_map_gradients(features, target, pooling, layer)
+        if layer != len(features.feature_maps) - 1 or features.model.config.source_pooling != "gap":
+            feature_map, gradients = inner_map_gradients(features, target, pooling, layer)
         elif self.gradients == "full":
             gradients = pooled_map_gradients(features, target, pooling)
         else:
@@ -88,7 +92,24 @@ def _attention(features: Features, target: torch.Tensor, layer: int) -> torch.Te
 
 
 def _raw_attention(features: Features, target: torch.Tensor, pooling: str, layer: int, chunk_size) -> torch.Tensor:
+    pooled = layer == len(features.feature_maps) - 1
+    if pooled and pooling == "source" and features.model.config.source_readout == "attention":
+        return _source_attention("raw_attention", features)
     return _attention(features, target, layer).mean(1)
+
+
+def _cls_attention(features: Features, target, pooling, layer, chunk_size) -> torch.Tensor:
+    config = features.model.config
+    if config.source_readout != "token" and not config.classifier_cls_token:
+        raise ValueError("method 'cls_attention' needs a classifier that reads a CLS token: choose another method.")
+    return _source_attention("cls_attention", features)
+
+
+def _source_attention(method: str, features: Features) -> torch.Tensor:
+    attention = source_attention(features)
+    if attention is None:
+        raise ValueError(f"method {method!r} needs attention to every patch, which this network's last block has not.")
+    return attention.mean(1)
 
 
 def _attention_cam(features: Features, target: torch.Tensor, pooling: str, layer: int, chunk_size) -> torch.Tensor:
@@ -136,10 +157,11 @@ def _evidence_map(method: str, query: str, features: Features, target: torch.Ten
     return scores.flatten(1).softmax(-1).view_as(scores).float()
 
 
-_OF_A_BLOCK = {"relu": False, "pooled_layer_only": True, "needs_target": False}  # what all evidence blocks share
+# what evidence blocks and the CLS token's attention share
+_UNPOOLED = {"relu": False, "pooled_layer_only": True, "needs_target": False}
 METHODS: dict[str, Method] = {
     "raw_attention": Method("Raw attention", _raw_attention, relu=False),
-    "attention_cam": Method("Attention-CAM", _attention_cam, pooled_layer_only=True),
+    "attention_cam": Method("Attention-CAM", _attention_cam, pooled_layer_only=True, needs_positions=True),
     "grad_cam": Method("Grad-CAM", grad_cam, gradients="mean"),
     "cosine_cam": Method("Cosine-CAM", cosine_cam, gradients="mean"),
     "grad_cam_plus_plus": Method("Grad-CAM++", grad_cam_plus_plus, gradients="full"),
@@ -147,10 +169,11 @@ METHODS: dict[str, Method] = {
     "layer_cam": Method("LayerCAM", layer_cam, gradients="full"),
     "xgrad_cam": Method("XGrad-CAM", xgrad_cam, gradients="full"),
     "score_cam": Method("Score-CAM", _score_cam, masked_passes=True),
-    "ablation_cam": Method("Ablation-CAM", _ablation_cam, pooled_layer_only=True),
+    "ablation_cam": Method("Ablation-CAM", _ablation_cam, pooled_layer_only=True, needs_positions=True),
+    "cls_attention": Method("CLS attention", _cls_attention, class_agnostic=True, **_UNPOOLED),
     "eigen_cam": Method("Eigen-CAM", _eigen_cam, relu=False, class_agnostic=True),
-    "evidence": Method("Evidence", _evidence, **_OF_A_BLOCK),
-    "object": Method("Object", _object, class_agnostic=True, **_OF_A_BLOCK),
+    "evidence": Method("Evidence", _evidence, **_UNPOOLED),
+    "object": Method("Object", _object, class_agnostic=True, **_UNPOOLED),
 }
 
 __all__ = ["METHODS", "Method"]

@@ -11,6 +11,7 @@ Symbols of the paper and their names here, l = 0..L being the depths the stream 
     a_l         = softmax_p scores_l
     q_{l+1}     = W_l sum_p a_l(p) F_l(p) + b_l
     logits      = classifier(q_{L+1})               or, preserving the norm, of unit(q_{L+1}) ||mean_p F_L(p)||
+                = classifier(c + q_{L+1})           where the source reads a vector c, its CLS token, and no average
 
 Beside the stream may stand evidence blocks, whose equations are in `evidence_castream`.
 """
@@ -47,13 +48,14 @@ class CAStreamModelOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_channels, height, width)`):
             The feature map that is pooled.
         pooler_output (`torch.FloatTensor` of shape `(batch_size, num_channels)`):
-            q_{L+1} (`pooling="ca"`) or the mean over positions (`pooling="gap"`). With class-specific queries and
-            `pooling="ca"`, `(batch_size, num_labels, num_channels)`.
+            q_{L+1} (`pooling="ca"`) or the mean over positions (`pooling="source"`; zeros where the source averages
+            nothing). With class-specific queries and `pooling="ca"`, `(batch_size, num_labels, num_channels)`.
         attention_maps (`tuple(torch.FloatTensor)`, one per block, `(batch_size, num_heads, height_l, width_l)`):
             The stream's attention, in [0, 1], summing to 1 over positions; computed under either pooling. With
             class-specific queries the second axis runs over the classes.
         cls_token (`torch.FloatTensor` of shape `(batch_size, hidden_size)`, *optional*):
-            The backbone's CLS token, where the classifier reads it.
+            The backbone's CLS token, or its attention pooling's result, where the classifier reads it;
+            `(batch_size, 2, hidden_size)` with a distillation token.
         evidence_features (`tuple(torch.FloatTensor)`, *optional*, with an evidence block):
             The feature maps that it reads, the pooled one last.
         hidden_states (`tuple(torch.FloatTensor)`, *optional*, with `output_hidden_states=True`):
@@ -228,7 +230,7 @@ class CAStreamPreTrainedModel(PreTrainedModel):
             if isinstance(block.projection, nn.Linear):
                 if reference:
                     init.xavier_uniform_(block.projection.weight)
-                elif block is module.blocks[-1]:
+                elif block is module.blocks[-1] and self.config.source_pooling == "gap":
                     init.eye_(block.projection.weight)
                 else:
                     init.zeros_(block.projection.weight)
@@ -279,6 +281,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
     def __init__(self, config: CAStreamConfig):
         super().__init__(config)
         self.backbone = build_backbone(config)
+        self._check_source()
         self.neck = nn.Identity()
         lacks_channels = config.evidence_layers is not None and config.evidence_channels is None
         if config.stream_channels is None or config.neck_layers or lacks_channels:
@@ -305,6 +308,24 @@ class CAStreamModel(CAStreamPreTrainedModel):
         self.post_init()
         self.freeze()
         self.train(self.training)
+
+    def _check_source(self) -> None:
+        """Refuse what has no meaning, or no zero to begin at, beside a source that averages nothing."""
+        config = self.config
+        resolve_pooling(config, None)
+        if config.source_pooling != "gap" and (config.preserve_norm or not config.output_projection):
+            name = "preserve_norm=True" if config.preserve_norm else "output_projection=False"
+            raise ValueError(
+                f"{name} needs a source that averages: this one's {config.source_readout} readout gets what the stream "
+                "pools added to it, which begins at zero."
+            )
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches': CLS, distillation and register tokens."""
+        if self.config.classifier_cls_token:
+            return 1 + getattr(self.backbone.config, "num_register_tokens", 0)
+        return getattr(self.backbone, "num_prefix_tokens", 0)
 
     def frozen_modules(self) -> list[nn.Module]:
         return [self.backbone, self.neck] if self.config.freeze_backbone else []
@@ -343,15 +364,17 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
         Args:
             feature_maps: as `extract_features` returns them.
-            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+            pooling: `"ca"`, `"source"`, or None for `config.pooling`.
 
         Returns:
-            The pooled vector (batch_size, num_channels), or (batch_size, num_labels, num_channels) where queries are
-            class-specific and pooling is `"ca"`; and the attention maps that pooled it: none under `"gap"`, which does
-            not run the stream.
+            The pooled vector (batch_size, num_channels), zeros where the source averages nothing; or (batch_size,
+            num_labels, num_channels) where queries are class-specific and pooling is `"ca"`; and the attention maps
+            that pooled it: none under `"source"`, which does not run the stream.
         """
-        if resolve_pooling(self.config, pooling) == "gap":
-            return feature_maps[-1].mean((2, 3)), ()
+        pooling = resolve_pooling(self.config, pooling)
+        if pooling != "ca":
+            mean = feature_maps[-1].mean((2, 3))
+            return (mean if pooling == "gap" else torch.zeros_like(mean)), ()
         query, attention_maps = self.stream(feature_maps)
         if self.config.preserve_norm:
             length = feature_maps[-1].mean((2, 3)).norm(dim=1)[:, None, None]
@@ -374,7 +397,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
         Args:
             pixel_values: (batch_size, num_channels, height, width), normalised.
-            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+            pooling: `"ca"`, `"source"`, or None for `config.pooling`.
             output_hidden_states: whether to return the feature maps that the blocks read, or the indices of those to
                 return, with None in place of the others.
         """
@@ -396,7 +419,7 @@ class CAStreamModel(CAStreamPreTrainedModel):
 
 
 class CAStreamForImageClassification(CAStreamPreTrainedModel):
-    """An image classifier whose pooling is the stream or, from the same checkpoint, global average pooling."""
+    """An image classifier whose pooling is the stream or, from the same checkpoint, the source's own readout."""
 
     def __init__(self, config: CAStreamConfig):
         super().__init__(config)
@@ -438,7 +461,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         With class-specific queries one for each class: (batch_size, num_labels, num_features).
         """
         if isinstance(self.castream.backbone, ClassifierNetwork):
-            return self.castream.backbone.readout(pooler_output)
+            return self.castream.backbone.readout(pooler_output, cls_token)
         features = self.head(pooler_output)
         if cls_token is None:
             return features
@@ -488,7 +511,8 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
             cls_token: as `castream.extract_features` returns it.
             target: class ids (batch_size,), for the evidence of these classes; None: of the prediction.
         """
-        logits = self.classify(evidence_features[-1].mean((2, 3)), cls_token)
+        pooled, _ = self.castream.pool_features(evidence_features, "source")
+        logits = self.classify(pooled, cls_token)
         memory = self.classifier.weight[:, -evidence_features[-1].shape[1] :]
         return self.evidence[query].scores(evidence_features, logits, memory - memory.mean(0), target)
 
@@ -519,7 +543,7 @@ class CAStreamForImageClassification(CAStreamPreTrainedModel):
         Args:
             pixel_values: (batch_size, num_channels, height, width), normalised.
             labels: class ids (batch_size,), or 0/1 floats (batch_size, num_labels) for multi-label problems.
-            pooling: `"ca"`, `"gap"`, or None for `config.pooling`.
+            pooling: `"ca"`, `"source"`, or None for `config.pooling`.
             output_hidden_states: whether to return the feature maps that the blocks read, or the indices of those to
                 return, with None in place of the others.
         """

@@ -4,6 +4,9 @@ Of timm: the feature map is what `forward_features` returns. A head that average
 gets, so `forward_head` of a map of one position is what the network makes of a pooled vector. Of transformers: what
 stands around the pooling differs by type, and `HEADS` says it. Only the last linear layer is taken out of the head: it
 is the CA-Stream model's `classifier`.
+
+Where the source averages nothing but reads a CLS token, or what an attention pooling returns, that vector is handed out
+beside the feature map of patch tokens, and a pooled vector is added to it before the head reads the sum.
 """
 
 import copy
@@ -20,19 +23,36 @@ NECK = "neck"
 class ClassifierNetwork:
     """What `TimmNetwork` and `TransformersNetwork` share: from what they compute to feature maps by name.
 
-    `config.features` is what `describe_features` found out: `{"layout": "NCHW" | "NHWC" | "NLC", "layers": names}`.
-    `inner_layers` are the indices of the depths to hand out beside the last.
+    `config.features` is what `describe_features` found out: `{"layout": "NCHW" | "NHWC" | "NLC", "layers": names}`,
+    and `"readout"` where that is not `"average"`. `inner_layers` are the indices of the depths to hand out beside the
+    last.
     """
 
     num_prefix_tokens = 0
     captures_depths = False  # whether depths before the last are outputs of submodules of their names
+    source_readout = "average"  # or "token", "attention": what the source's head reads
+    num_read_tokens = 1  # two with a distillation token
 
-    def feature_maps(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Feature maps by name, each (batch_size, num_channels, height, width), the pooled one last."""
+    def feature_maps(self, pixel_values: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Feature maps by name, each (batch_size, num_channels, height, width), the pooled one last; and what the
+        source's head reads instead of their average, None where it averages."""
         layers = self.config.features["layers"]
         features, maps = self(pixel_values)
         named = dict(zip([layers[index] for index in self.inner_layers], maps, strict=True))
-        return named | {layers[-1]: self.to_map(features, pixel_values, self.config.features["layout"])}
+        named[layers[-1]] = self.to_map(features, pixel_values, self.config.features["layout"])
+        return named, None if self.source_readout == "average" else self.read_tokens(features)
+
+    def read_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        """The CLS token (batch_size, num_channels) of tokens; with a distillation token (batch_size, 2, num_channels),
+        as its head reads both."""
+        return features[:, : self.num_read_tokens].squeeze(1)
+
+    def add_to_tokens(self, pooled: torch.Tensor, cls_token: torch.Tensor) -> torch.Tensor:
+        """Pooled vectors (batch_size, [num_labels,] num_channels), each added to the tokens of its image that the
+        source's head reads: (batch_size [* num_labels], num_read_tokens, num_channels)."""
+        tokens = cls_token if cls_token.ndim == 3 else cls_token[:, None]
+        tokens = tokens[:, None] if pooled.ndim == 3 else tokens
+        return (tokens + pooled[..., None, :]).flatten(0, -3)
 
     @torch.no_grad()
     def reads_pooled_vectors(self) -> bool:
@@ -54,7 +74,12 @@ class ClassifierNetwork:
         tokens = features[:, self.num_prefix_tokens :]
         height, width = pixel_values.shape[-2:]
         rows = round(math.sqrt(tokens.shape[1] * height / width))
+        if tokens.shape[1] % rows:  # an early stage, to which the tokens before the patches' are not added yet
+            tokens, rows = features, round(math.sqrt(features.shape[1] * height / width))
         return tokens.transpose(1, 2).unflatten(2, (rows, tokens.shape[1] // rows))
+
+
+_READOUTS = {"token": "token", "map": "attention"}  # of timm's names of poolings
 
 
 class TimmNetwork(ClassifierNetwork, PreTrainedModel):
@@ -75,6 +100,13 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
             **{**(config.model_args or {}), "num_classes": num_labels},
         )
         self.num_features = self._take_out_classifier(num_labels)
+        self.source_readout = _READOUTS.get(getattr(self.timm_model, "global_pool", None), "average")
+        self.attention_pool = None
+        if self.source_readout == "attention":  # out of the head, which then reads its result as it reads a CLS token
+            self.attention_pool, self.timm_model.attn_pool = self.timm_model.attn_pool, None
+            self.timm_model.global_pool = "token"
+        elif isinstance(self.timm_model.pretrained_cfg["classifier"], tuple | list):
+            self.num_read_tokens = len(self.timm_model.pretrained_cfg["classifier"])
         self.inner_layers: list[int] = []
         self.post_init()
 
@@ -110,16 +142,25 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
 
     @property
     def num_prefix_tokens(self) -> int:
-        return getattr(self.timm_model, "num_prefix_tokens", 0)
+        return getattr(self.timm_model, "num_prefix_tokens", int(self.source_readout == "token"))
 
-    def readout(self, pooled: torch.Tensor) -> torch.Tensor:
+    def read_tokens(self, features: torch.Tensor) -> torch.Tensor:
+        if self.attention_pool is None:
+            return super().read_tokens(features)
+        start = 0 if getattr(self.timm_model, "pool_include_prefix", True) else self.num_prefix_tokens
+        return self.attention_pool(features[:, start:])
+
+    def readout(self, pooled: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
         """What the head makes of pooled vectors (..., num_channels): (..., num_features), or logits.
 
-        Exact for heads that average: a mean over one position is that position.
+        Exact for heads that average: a mean over one position is that position. A head that does not gets the pooled
+        vectors added to `cls_token`.
         """
         vectors = pooled.reshape(-1, pooled.shape[-1])
         layout = self.config.features["layout"]
-        if layout == "NCHW":
+        if cls_token is not None:
+            features = self.add_to_tokens(pooled, cls_token)
+        elif layout == "NCHW":
             features = vectors[:, :, None, None]
         elif layout == "NHWC":
             features = vectors[:, None, None, :]
@@ -138,6 +179,8 @@ class Head:
         before: norm on the map before the pooling.
         after: layers on the pooled vector.
         classifiers: the last linear layer, or several whose logits are averaged.
+        reads_token: whether the classifier reads the first token, and a second one the second, instead of an average.
+        other_states: hidden states at the end that are the last block's.
     """
 
     base: str | None = None
@@ -145,6 +188,8 @@ class Head:
     before: str | None = None
     after: tuple[str, ...] = ()
     classifiers: tuple[str, ...] = ("classifier",)
+    reads_token: bool = False
+    other_states: int = 1
 
 
 # By type, or by class where one of a type's classes differs.
@@ -152,6 +197,10 @@ HEADS = {
     "beit": Head(prefix_tokens=1, after=("beit.pooler.layernorm",)),
     "clip": Head(base="vision_model", prefix_tokens=1),
     "data2vec-vision": Head(prefix_tokens=1, after=("data2vec_vision.pooler.layernorm",)),
+    "deit": Head(prefix_tokens=2, reads_token=True),
+    "DeiTForImageClassificationWithTeacher": Head(
+        prefix_tokens=2, classifiers=("cls_classifier", "distillation_classifier"), reads_token=True
+    ),
     "donut-swin": Head(),
     "efficientnet": Head(),
     "focalnet": Head(),
@@ -165,6 +214,7 @@ HEADS = {
     "mobilevit": Head(),
     "mobilevitv2": Head(),
     "poolformer": Head(before="norm"),
+    "pvt": Head(prefix_tokens=1, reads_token=True, other_states=2),
     "pvt_v2": Head(),
     "regnet": Head(classifiers=("classifier.1",)),
     "segformer": Head(),
@@ -172,11 +222,15 @@ HEADS = {
     "swiftformer": Head(before="norm", classifiers=("head", "dist_head")),
     "swinv2": Head(),
     "textnet": Head(classifiers=("fc",)),
+    "vit": Head(prefix_tokens=1, reads_token=True),
+    "vit_msn": Head(prefix_tokens=1, reads_token=True),
 }
 
 
 def head_of(config: PreTrainedConfig) -> Head:
     """What a classifier of transformers has around its pooling."""
+    if not getattr(config, "use_mean_pooling", True):  # of BEiT and its relatives
+        return Head(prefix_tokens=1, reads_token=True)
     return HEADS.get((config.architectures or [None])[0]) or HEADS[config.model_type]
 
 
@@ -196,7 +250,9 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
         self.network = AutoModelForImageClassification.from_config(own)
         self.head = head_of(config)
         self.num_prefix_tokens = self.head.prefix_tokens
+        self.source_readout = "token" if self.head.reads_token else "average"
         self.num_features = None
+        self.num_read_tokens = len(self.head.classifiers)
         if len(self.head.classifiers) == 1:
             [name] = self.head.classifiers
             self.num_features = self.network.get_submodule(name).in_features
@@ -229,17 +285,23 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
         features = output.last_hidden_state
         if self.head.before:
             features = self.network.get_submodule(self.head.before)(features)
-        depths = (output.hidden_states or ())[:-1] if inner else ()
+        depths = (output.hidden_states or ())[: -self.head.other_states] if inner else ()
         return features, [self.to_map(one, pixel_values, "NCHW" if one.ndim == 4 else "NLC") for one in depths]
 
-    def readout(self, pooled: torch.Tensor) -> torch.Tensor:
-        """What the head makes of pooled vectors (..., num_channels): (..., num_features), or logits."""
+    def readout(self, pooled: torch.Tensor, cls_token: torch.Tensor | None = None) -> torch.Tensor:
+        """What the head makes of pooled vectors (..., num_channels): (..., num_features), or logits.
+
+        A head that does not average gets them added to `cls_token`.
+        """
         vectors = pooled.reshape(-1, pooled.shape[-1])
         for name in self.head.after:
             vectors = self.network.get_submodule(name)(vectors)
-        if len(self.head.classifiers) > 1:
-            vectors = sum(self.network.get_submodule(name)(vectors) for name in self.head.classifiers)
-            vectors = vectors / len(self.head.classifiers)
+        names = self.head.classifiers
+        read = [vectors] * len(names) if cls_token is None else self.add_to_tokens(pooled, cls_token).unbind(1)
+        vectors = read[0]
+        if len(names) > 1:
+            logits = [self.network.get_submodule(name)(one) for name, one in zip(names, read, strict=True)]
+            vectors = sum(logits) / len(names)
         return vectors.reshape(*pooled.shape[:-1], -1)
 
 
@@ -293,6 +355,8 @@ def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
     if model is not None and num_channels != maps.pop().shape[1]:
         names[-1] = NECK
     config.features = {"layout": layout, "layers": names}
+    if network.source_readout != "average":
+        config.features["readout"] = network.source_readout
     return [*(one.shape[1] for one in maps), num_channels]
 
 

@@ -93,12 +93,16 @@ def explain_features(
             `pooling`.
         method: one of `METHODS`. `"raw_attention"` is the same for every class, unless queries are class-specific.
             `"evidence"` shows what the prediction rests on, and with a target what speaks for that class; `"object"`
-            shows where something is, whatever it is. Both need a model with that evidence block.
-        pooling: `"ca"`, `"gap"`, None for `config.pooling`, or several: Score-CAM then passes its masked images
-            through the backbone once for all.
+            shows where something is, whatever it is. Both need a model with that evidence block. `"cls_attention"`, the
+            CLS token's in the last block, needs a classifier that reads that token.
+        pooling: `"ca"`, `"source"` (`"gap"`, where that is an average), None for `config.pooling`, or several:
+            Score-CAM then passes its masked images through the backbone once for all.
         layer: the target layer, an index into `config.stream_layers` or one of its names; -1, the pooled feature map.
             At other layers than the pooled one, methods that need gradients pay a forward and a backward pass through
-            the backbone, and `"attention_cam"` and `"ablation_cam"` do not exist.
+            the backbone, and `"attention_cam"` and `"ablation_cam"` do not exist. Where the source reads a CLS token,
+            gradients for the pooled feature map are taken where its last block reads the patch tokens; and a source
+            that averages nothing has no `"attention_cam"` and `"ablation_cam"` under `"source"`. Where it pools by
+            attention, that is `"raw_attention"` under `"source"`.
         relu: whether negative values are cut off; None, as the method's paper does.
         normalize: whether maps are min-max scaled to [0, 1].
         image_mean, image_std: for `"score_cam"`, those of the image processor: channels then mask the image in [0, 1],
@@ -119,10 +123,15 @@ def explain_features(
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}.")
     chosen = METHODS[method]
     single = pooling is None or isinstance(pooling, str)
-    poolings = [resolve_pooling(model.config, one) for one in ([pooling] if single else pooling)]
+    poolings = {one: resolve_pooling(model.config, one) for one in ([pooling] if single else pooling)}
     index = resolve_layer(model.config, layer)
     if chosen.pooled_layer_only and index != len(features.feature_maps) - 1:
         raise ValueError(f"method {method!r} explains the pooled feature map only: use layer=-1, got {layer!r}.")
+    if chosen.needs_positions and "source" in poolings.values():
+        raise ValueError(
+            f"method {method!r} needs a pooling over positions, and pooling='source' of this model is its "
+            f"{model.config.source_readout} readout: use pooling='ca', or another method."
+        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
     with evaluating(model):
@@ -131,13 +140,18 @@ def explain_features(
             masking = {"image_mean": image_mean, "image_std": image_std, "autocast_dtype": autocast_dtype}
             maps = chosen.equation(features, targets, index, chunk_size=chunk_size, **masking)
         else:
-            maps = {name: chosen.signed_maps(features, targets[name], name, index, chunk_size) for name in poolings}
+            maps = {
+                one: chosen.signed_maps(features, targets[one], name, index, chunk_size)
+                for one, name in poolings.items()
+            }
     relu = chosen.relu if relu is None else relu
     maps = {name: _finish(one, relu, normalize) for name, one in maps.items()}
-    return maps[poolings[0]] if single else maps
+    return maps[pooling] if single else maps
 
 
-def _targets(features: Features, target: Target, needed: bool, poolings: list[str]) -> dict[str, torch.Tensor | None]:
+def _targets(
+    features: Features, target: Target, needed: bool, poolings: Sequence[str]
+) -> dict[str, torch.Tensor | None]:
     """The classes to explain under each pooling; of none, the predicted ones, where a method needs any.
 
     The logits, and the stream before them, are computed only where a method reads them.

@@ -136,7 +136,7 @@ class TorchvisionNetwork(ClassifierNetwork, nn.Module):
         """The pooled map, (batch_size, num_channels, height, width); other depths are captured where they are made."""
         return self.body(pixel_values), []
 
-    def readout(self, pooled: torch.Tensor) -> torch.Tensor:
+    def readout(self, pooled: torch.Tensor, cls_token: None = None) -> torch.Tensor:
         """What the head makes of pooled vectors (..., num_channels): (..., num_features), or logits."""
         vectors = pooled.reshape(-1, pooled.shape[-1], 1, 1)
         return self.head(vectors).reshape(*pooled.shape[:-1], -1)

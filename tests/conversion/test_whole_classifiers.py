@@ -7,7 +7,6 @@ from castream.conversion.classifier import load_source
 from castream.conversion.timm_sources import describe
 from timm.models import save_for_hf
 from transformers import (
-    AutoConfig,
     CvtConfig,
     CvtForImageClassification,
     DinatConfig,
@@ -16,10 +15,10 @@ from transformers import (
     TimmWrapperForImageClassification,
 )
 
-from benchmarks.random_networks import TRANSFORMERS, write_random_source
+from benchmarks.random_networks import TRANSFORMERS
 from modeling_castream import CAStreamForImageClassification, explain
 from modeling_castream.network_castream import HEADS
-from modeling_castream.saliency_castream import METHODS
+from tests.modeling_castream.tiny import METHODS
 
 WHOLE = [name for name in TRANSFORMERS if name.split(",")[0] in HEADS]
 
@@ -40,7 +39,7 @@ def test_explanations_and_a_training_step(convert_row, row):
     model = CAStreamForImageClassification.from_pretrained(convert_row(row).folder)
     assert len(model.config.stream_layers) > 1
     for method in METHODS:
-        if method not in ("evidence", "object", "score_cam"):
+        if method != "score_cam":
             maps = explain(model, pixels(), target=3, method=method, normalize=False, relu=False)
             assert maps.shape == (2, 64, 64) and maps.isfinite().all(), method
     torch.manual_seed(0)
@@ -56,16 +55,6 @@ def test_explanations_and_a_training_step(convert_row, row):
     moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert f"castream.stream.blocks.{len(model.config.stream_layers) - 1}.projection.weight" in moved
     assert all(key.startswith("castream.stream.") for key in moved)
-
-
-@pytest.mark.parametrize("family", ["beit", "data2vec-vision"])
-def test_a_cls_token_is_no_average(tmp_path, family):
-    write_random_source(f"transformers:{family}", tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    config.use_mean_pooling = False
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"it reads the CLS token \(use_mean_pooling is false\)"):
-        load_source(str(tmp_path))
 
 
 def test_dinat_does_not_run(tmp_path, monkeypatch):
@@ -93,8 +82,9 @@ def test_a_cvt_that_averages_does_not_run():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_tiny_patch16_224", {"depth": 1}, "its classifier reads the CLS token"),
-        ("vit_tiny_patch16_224", {"depth": 1, "global_pool": "map"}, "it pools by attention"),
+        ("pit_ti_224", {}, "it does not hand out patch tokens beside the CLS token"),
+        ("volo_d1_224", {}, "its classifier reads the CLS token and, in another way, the patch"),
+        ("crossvit_tiny_240", {"depth": [[1, 1, 0]]}, "its classifier reads 2 of them"),
         ("resnet10t", {"global_pool": "max"}, "it takes the maximum over positions"),
         ("resnet10t", {"global_pool": "catavgmax"}, "it joins the mean and the maximum"),
         ("vgg11", {}, r"its head runs pre_logits\.fc1 \(Conv2d\) on every position first"),

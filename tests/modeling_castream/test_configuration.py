@@ -71,7 +71,7 @@ def test_labels_are_complete_in_both_directions():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"pooling": "max"}, "pooling must be one of ca, gap, got 'max'"),
+        ({"pooling": "max"}, "pooling must be one of ca, gap, source, got 'max'"),
         ({"variant": "deep"}, "variant must be one of"),
         ({"init": "zero"}, "init must be one of"),
         ({"query": "both"}, "query must be one of"),

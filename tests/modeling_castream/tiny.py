@@ -55,5 +55,5 @@ def tiny_model(kind: str = "resnet", seed: int = 0, **kwargs) -> CAStreamForImag
     return model
 
 
-# Methods that every model has; the others need an evidence block.
-METHODS = [method for method in saliency_castream.METHODS if method not in ("evidence", "object")]
+# Methods that every model has; the others need an evidence block or a CLS token.
+METHODS = [method for method in saliency_castream.METHODS if method not in ("evidence", "object", "cls_attention")]
