@@ -6,6 +6,7 @@ from castream.artifacts.files import check_free, new_folder
 from PIL import Image
 from torch import nn
 from transformers import BaseImageProcessor, PreTrainedModel, TimmWrapperForImageClassification
+from transformers.initialization import no_init_weights
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
@@ -13,7 +14,7 @@ from .mapping import STREAM, load_renamed, rename
 from .parity import Parity, check_parity
 from .preprocessing import labels as name_labels
 from .source import Source
-from .timm_sources import describe, describe_wrapper, load_efficientnet_lite0, load_timm
+from .timm_sources import arguments_of, describe, describe_wrapper, load_efficientnet_lite0, load_timm
 from .torchvision_sources import load_torchvision
 from .transformers_families import describe_transformers, load_transformers
 
@@ -75,7 +76,9 @@ def convert(
     config = CAStreamConfig(
         **source.config, variant=variant, init=init, num_attention_heads=num_attention_heads, freeze_classifier=True
     )
-    model = CAStreamForImageClassification(config).eval()
+    with no_init_weights():  # all but the stream's come from the source
+        model = CAStreamForImageClassification(config).eval()
+    model.castream.stream.apply(model._init_weights)
     targets = {name for name in model.state_dict() if not name.startswith(STREAM)}  # a classifier has no stream
     renamed = rename(list(source.state), source.rules, targets)
     load_renamed(model, source.state, renamed)
@@ -91,7 +94,10 @@ def _describe_model(model: nn.Module, image_processor: BaseImageProcessor | None
             raise ValueError("image_processor is missing: give the one that goes with the model.")
         return describe_transformers(model.eval(), image_processor)
     if hasattr(model, "forward_features") and hasattr(model, "pretrained_cfg"):
-        return describe(model.eval(), {}, "the model")
+        arguments = arguments_of(model)
+        if "img_size" in arguments:
+            model.pretrained_cfg["input_size"] = (3, *arguments["img_size"])
+        return describe(model.eval(), arguments, "the model")
     raise ValueError(f"a model of class {type(model).__name__} can't be converted: timm's and transformers' can.")
 
 

@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.initialization import no_init_weights
 
 from modeling_castream import CAStreamImageProcessor
 
@@ -167,20 +168,20 @@ def _from_checkpoint(name: str, checkpoint: str, positional: bool, ema: bool | N
     """timm's classifier with the weights of a file, what it is created with, and which weights were taken."""
     found = read_checkpoint(checkpoint, ema)
     arguments, settings = _said_of(name, checkpoint, found.arguments)
-    with torch.device("meta"):
-        template = timm.create_model(name, **arguments)
-    state = found.state
+    state, template = found.state, timm.get_pretrained_cfg(name).to_dict()
     if positional:
-        names = list(template.state_dict())
+        with torch.device("meta"):
+            names = list(timm.create_model(name, **arguments).state_dict())
         if len(names) != len(state):
             raise ValueError(f"{checkpoint} has {len(state)} weights, {name} has {len(names)}.")
         state = dict(zip(names, state.values(), strict=True))
-    classifier = template.pretrained_cfg["classifier"]
+    classifier = template["classifier"]
     classifier = classifier if isinstance(classifier, str) else classifier[0]
     state = plain_head(state, classifier, classifier, checkpoint)
-    if template.pretrained_cfg.get("fixed_input_size") and "input_size" in settings:
+    if template.get("fixed_input_size") and "input_size" in settings:
         arguments.setdefault("img_size", tuple(settings["input_size"][-2:]))
-    model = timm.create_model(name, num_classes=len(state[f"{classifier}.weight"]), **arguments)
+    with no_init_weights():
+        model = timm.create_model(name, num_classes=len(state[f"{classifier}.weight"]), **arguments)
     model.pretrained_cfg |= {"label_names": found.labels} | settings
     return load_into(model, state, checkpoint, name), arguments, found.taken
 
@@ -216,6 +217,33 @@ def describe_wrapper(model: TimmWrapperForImageClassification, source: str) -> S
     names = list(model.config.id2label.values())
     model.timm_model.pretrained_cfg["label_names"] = names
     return describe(model.timm_model, model.config.model_args or {}, source)
+
+
+def arguments_of(model: nn.Module) -> dict:
+    """With which of `img_size` and `global_pool` a timm classifier in memory was created.
+
+    Raises:
+        ValueError: where its layers are not those of the network of its name, so created.
+    """
+    name, arguments = model.pretrained_cfg["architecture"], {}
+    with torch.device("meta"), no_init_weights():
+        template = timm.create_model(name)
+        if (kind := pooling_kind(model)) != pooling_kind(template):
+            arguments["global_pool"] = kind
+        size, usual = (getattr(getattr(one, "patch_embed", None), "img_size", None) for one in (model, template))
+        if size != usual:
+            arguments["img_size"] = tuple(size)
+        if arguments or model.num_classes != template.num_classes:
+            template = timm.create_model(name, num_classes=model.num_classes, **arguments)
+    expected = {key: value.shape for key, value in template.state_dict().items()}
+    found = {key: value.shape for key, value in model.state_dict().items()}
+    others = [key for key in (*found, *expected) if found.get(key) != expected.get(key)]
+    if others:
+        raise ValueError(
+            f"the model is not timm's {name} ({others[0]} differs): where it was created with other arguments, save it "
+            "by timm.models.save_for_hf(model, FOLDER, model_args={...}) and name that folder."
+        )
+    return arguments
 
 
 def describe(model: nn.Module, arguments: dict, source: str) -> Source:

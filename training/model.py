@@ -66,6 +66,11 @@ def adapt_model(
         raise ValueError(f"classifier={classifier} needs a dataset that names its classes, and this one does not.")
     changes = {name: value for name, value in stream.items() if value is not None}
     same_stream = all(getattr(source.config, name) == value for name, value in changes.items() if name != "init")
+    if not keep and not isinstance(source.classifier, torch.nn.Linear):
+        raise ValueError(
+            f"classifier={classifier} needs a network that ends in one linear layer, and this one's logits come from "
+            f"several: train on a dataset of its own {available} classes, with classifier=keep."
+        )
     if keep and same_stream and changes["init"] == "gap":  # a stream that is trained already is trained further
         model = source
     else:

@@ -135,3 +135,19 @@ def test_a_model_in_memory(network):
         convert_classifier(resnet)
     with pytest.raises(ValueError, match="model of class Linear"):
         convert_classifier(torch.nn.Linear(2, 2))
+
+
+def test_arguments_of_a_model_in_memory():
+    """Image size and pooling show in it; a replaced head and other options can't be told, and say so."""
+    torch.manual_seed(0)
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    with pytest.raises(ValueError, match=r"not timm's vit_tiny_patch16_224 \(.* differs\).*save_for_hf"):
+        convert_classifier(timm.create_model("vit_tiny_patch16_224", global_pool="avg", **options))
+    network = timm.create_model("test_vit", num_classes=3, global_pool="avg", img_size=96)
+    model, processor = convert_classifier(network)
+    assert model.config.backbone_config.model_args == {"global_pool": "avg", "img_size": (96, 96)}
+    assert processor.crop_size.height == 96
+    network = timm.create_model(NAME, num_classes=3)
+    network.fc = torch.nn.Sequential(torch.nn.Linear(512, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"not timm's resnet10t \(fc\.0\.weight differs\)"):
+        convert_classifier(network)

@@ -1,8 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
-from castream.training.model import fit_linear_classifier
+from castream.training.model import adapt_model, fit_linear_classifier
+from transformers import AutoConfig
+
+from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 
 def make(count=60, width=5, classes=3):
@@ -50,3 +54,17 @@ def test_several_labels_per_image():
 def test_a_single_class_is_refused():
     with pytest.raises(ValueError, match="at least two classes"):
         fit_linear_classifier(torch.randn(4, 2), torch.zeros(4, dtype=torch.long), 3, 0.1)
+
+
+def test_new_classes_need_one_last_linear_layer():
+    """SwiftFormer averages the logits of two."""
+    sizes = {"image_size": 32, "embed_dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
+    network = AutoConfig.for_model("swiftformer", **sizes)
+    model = CAStreamForImageClassification(
+        CAStreamConfig(backbone_config=network, whole_classifier=True, num_labels=3, variant="final")
+    )
+    split = SimpleNamespace(class_names=["cat", "dog"], multi_label=False)
+    stream = {"init": "gap"}
+    with pytest.raises(ValueError, match=r"classifier=new needs.* one linear layer.* its own 3 classes"):
+        adapt_model(model, split, "new", stream, 0)
+    assert adapt_model(model, SimpleNamespace(class_names=None, multi_label=False), "auto", stream, 0) == (model, False)
