@@ -4,7 +4,6 @@ import _codecs
 import argparse
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -125,11 +124,6 @@ def read_checkpoint(path: str | Path, ema: bool | None = None) -> Checkpoint:
     )
 
 
-def load_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights of a file, by name; see `read_checkpoint`."""
-    return read_checkpoint(path).state
-
-
 def read_labels(path: str | Path) -> list[str]:
     """Names of classes from a text file, one a line.
 
@@ -179,6 +173,6 @@ def load_into(model: nn.Module, state: dict[str, torch.Tensor], checkpoint: str 
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        lines: Sequence[str] = [line.strip() for line in str(error).splitlines()[1:]]
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
         raise ValueError(f"{checkpoint} does not fit {name}: {' '.join(lines)[:200]}") from None
     return model.eval()

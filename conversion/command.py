@@ -39,9 +39,7 @@ def _classifier(arguments: argparse.Namespace) -> str:
         init=arguments.init,
         num_attention_heads=arguments.num_attention_heads,
     )
-    taken = (
-        "" if source.taken is None or arguments.checkpoint is None else f" ({source.taken} of {arguments.checkpoint})"
-    )
+    taken = f" ({source.taken} of {arguments.checkpoint})" if source.taken and arguments.checkpoint else ""
     return (
         f"{arguments.output}: pooling='source' is {arguments.source}{taken}; logits differ by at most "
         f"{parity.logits:.2g} (the largest is {parity.largest_logit:.3g}), pixels by {parity.pixels:.2g}"

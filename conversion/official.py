@@ -17,7 +17,7 @@ from transformers import BaseImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
-from .checkpoint import load_checkpoint
+from .checkpoint import read_checkpoint
 from .mapping import STREAM, load_renamed, rename
 from .preprocessing import labels
 from .source import Rules
@@ -92,7 +92,7 @@ def convert_official(
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"--architecture must be one of {', '.join(ARCHITECTURES)}, got {architecture!r}.")
-    state = load_checkpoint(checkpoint)
+    state = read_checkpoint(checkpoint).state
     if "cls_token" not in state:
         raise ValueError(f"{checkpoint} has no cls_token: it is no CA-Stream checkpoint of the authors' code.")
     network, _, variant = architecture.rpartition("_")

@@ -45,12 +45,8 @@ def _layer_before_pooling(model: nn.Module, features: torch.Tensor) -> str | Non
     found = []
 
     def look(module: nn.Module, args: tuple) -> None:
-        if (
-            args
-            and args[0].ndim == 4
-            and args[0][0, 0].numel() > 1
-            and next(module.parameters(False), None) is not None
-        ):
+        has_weights = next(module.parameters(False), None) is not None
+        if has_weights and args and args[0].ndim == 4 and args[0][0, 0].numel() > 1:
             found.append(module)
 
     hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
@@ -227,14 +223,13 @@ def arguments_of(model: nn.Module) -> dict:
     """
     name, arguments = model.pretrained_cfg["architecture"], {}
     with torch.device("meta"), no_init_weights():
-        template = timm.create_model(name)
-        if (kind := pooling_kind(model)) != pooling_kind(template):
+        usual = timm.create_model(name)
+        if (kind := pooling_kind(model)) != pooling_kind(usual):
             arguments["global_pool"] = kind
-        size, usual = (getattr(getattr(one, "patch_embed", None), "img_size", None) for one in (model, template))
-        if size != usual:
+        size, usual_size = (getattr(getattr(one, "patch_embed", None), "img_size", None) for one in (model, usual))
+        if size != usual_size:
             arguments["img_size"] = tuple(size)
-        if arguments or model.num_classes != template.num_classes:
-            template = timm.create_model(name, num_classes=model.num_classes, **arguments)
+        template = timm.create_model(name, num_classes=model.num_classes, **arguments)
     expected = {key: value.shape for key, value in template.state_dict().items()}
     found = {key: value.shape for key, value in model.state_dict().items()}
     others = [key for key in (*found, *expected) if found.get(key) != expected.get(key)]

@@ -15,34 +15,48 @@ from transformers import (
 
 from modeling_castream.network_castream import HEADS, head_of
 
-from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Source
+from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Rules, Source
 from .timm_sources import describe_wrapper
 
-
-def _without_layers(config: PreTrainedConfig) -> dict:
-    return {}
-
-
-def _cls_token(config: PreTrainedConfig) -> dict:
-    return {"classifier_cls_token": True}
-
-
-def _whole_classifier(config: PreTrainedConfig) -> dict:
-    return {"whole_classifier": True}
-
-
-def _whole_rules(config: PreTrainedConfig) -> list:
-    """Names of the weights of a classifier that is used as it is."""
-    classifiers, inside = head_of(config).classifiers, (r"^", f"{BACKBONE}network.")
-    if len(classifiers) > 1:
-        return [inside]
-    return [(rf"^{re.escape(classifiers[0])}\.", CLASSIFIER), inside]
+# Types whose backbone is an AutoBackbone: name of the last linear layer, and where weights go that neither do so nor
+# keep their names. SwinBackbone and BitBackbone run, and store, the norm before pooling without handing its output on:
+# its weights go to both places.
+FAMILIES: dict[str, tuple[str, Rules]] = {
+    "bit": ("classifier.1", [(r"^bit\.norm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>"))]),
+    "convnext": ("classifier", [(r"^convnext\.layernorm\.", f"{HEAD}0.")]),
+    "convnextv2": ("classifier", [(r"^convnextv2\.layernorm\.", f"{HEAD}0.")]),
+    "dinov2": ("classifier", []),
+    "dinov2_with_registers": ("classifier", []),
+    "hgnet_v2": ("fc", []),
+    "pp_lcnet": ("head", [(r"^last_convolution\.", f"{HEAD}0.")]),
+    "resnet": ("classifier.1", []),
+    "swin": ("classifier", [(r"^swin\.layernorm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>"))]),
+}
 
 
-def _pp_lcnet_layers(config: PreTrainedConfig) -> dict:
-    """PP-LCNet's convolution of the pooled vector and its activation."""
-    wide = {"type": "linear", "out_channels": config.class_expand}
-    return {"head_layers": [wide, {"type": "activation", "function": config.hidden_act}]}
+def _layers(config: PreTrainedConfig) -> dict:
+    """Fields of CAStreamConfig that it does not know by itself."""
+    family = config.model_type
+    if family in ("dinov2", "dinov2_with_registers"):
+        return {"classifier_cls_token": True}
+    if family == "pp_lcnet":
+        wide = {"type": "linear", "out_channels": config.class_expand}
+        return {"head_layers": [wide, {"type": "activation", "function": config.hidden_act}]}
+    if family == "bit" and config.layer_type == "preactivation":
+        norm = {"type": "group_norm", "num_groups": config.num_groups, "eps": 1e-5}
+        return {"neck_layers": [norm, {"type": "activation", "function": config.hidden_act}]}
+    return {} if family in FAMILIES else {"whole_classifier": True}
+
+
+def _rules(config: PreTrainedConfig) -> Rules:
+    """Names of the weights; a backbone's are the model's own, or those without the type before them."""
+    family = config.model_type
+    if family in FAMILIES:
+        classifier, others = FAMILIES[family]
+        places = [*others, (rf"^{family}\.", BACKBONE), (r"^", BACKBONE)]
+    else:
+        classifier, places = head_of(config).classifiers[0], [(r"^", f"{BACKBONE}network.")]
+    return [(rf"^{re.escape(classifier)}\.", CLASSIFIER), *places]
 
 
 def _adapt_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -53,53 +67,6 @@ def _adapt_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _bit_layers(config: PreTrainedConfig) -> dict:
-    """BiT's norm and activation before pooling, which its network has with pre-activation blocks only."""
-    if config.layer_type != "preactivation":
-        return {}
-    norm = {"type": "group_norm", "num_groups": config.num_groups, "eps": 1e-5}
-    return {"neck_layers": [norm, {"type": "activation", "function": config.hidden_act}]}
-
-
-# model_type -> fields of CAStreamConfig that it does not know by itself, and the names of the weights. SwinBackbone and
-# BitBackbone run, and store, the norm before pooling without handing its output on: its weights go to both places.
-FAMILIES = {
-    "resnet": (_without_layers, [(r"^classifier\.1\.", CLASSIFIER), (r"^resnet\.", BACKBONE)]),
-    "convnext": (
-        _without_layers,
-        [(r"^classifier\.", CLASSIFIER), (r"^convnext\.layernorm\.", f"{HEAD}0."), (r"^convnext\.", BACKBONE)],
-    ),
-    "convnextv2": (
-        _without_layers,
-        [(r"^classifier\.", CLASSIFIER), (r"^convnextv2\.layernorm\.", f"{HEAD}0."), (r"^convnextv2\.", BACKBONE)],
-    ),
-    "swin": (
-        _without_layers,
-        [
-            (r"^classifier\.", CLASSIFIER),
-            (r"^swin\.layernorm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>")),
-            (r"^swin\.", rf"{BACKBONE}\g<0>"),
-        ],
-    ),
-    "hgnet_v2": (_without_layers, [(r"^fc\.", CLASSIFIER), (r"^", BACKBONE)]),
-    "pp_lcnet": (
-        _pp_lcnet_layers,
-        [(r"^head\.", CLASSIFIER), (r"^last_convolution\.", f"{HEAD}0."), (r"^", BACKBONE)],
-    ),
-    "dinov2": (_cls_token, [(r"^classifier\.", CLASSIFIER), (r"^dinov2\.", BACKBONE)]),
-    "dinov2_with_registers": (
-        _cls_token,
-        [(r"^classifier\.", CLASSIFIER), (r"^dinov2_with_registers\.", BACKBONE)],
-    ),
-    "bit": (
-        _bit_layers,
-        [
-            (r"^classifier\.1\.", CLASSIFIER),
-            (r"^bit\.norm\.", (f"{NECK}0.", rf"{BACKBONE}\g<0>")),
-            (r"^bit\.", rf"{BACKBONE}\g<0>"),
-        ],
-    ),
-}
 SUPPORTED = ", ".join(sorted((*FAMILIES, *(family for family in HEADS if family.islower()), "timm_wrapper")))
 _READERS = {  # what classifiers do that neither average nor read a vector beside a feature map
     "cvt": "it reads the CLS token of its last stage, and does not run in transformers without one",
@@ -184,12 +151,9 @@ def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
         ValueError: on a type that is not supported.
     """
     _check_family("the model", model.config)
-    layers, rules = FAMILIES.get(model.config.model_type, (_whole_classifier, None))
     backbone = type(model.config)(**(model.config.to_dict() | {"id2label": None, "label2id": None}))
     backbone.architectures = [type(model).__name__]  # of several of its type it is that one
-    if rules is None:
-        rules = _whole_rules(model.config)
-    else:
+    if model.config.model_type in FAMILIES:
         backbone.out_features = list(backbone.stage_names)
     return Source(
         family=f"transformers {model.config.model_type}",
@@ -199,9 +163,9 @@ def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
             "id2label": model.config.id2label,
             "label2id": model.config.label2id,
             "problem_type": model.config.problem_type,
-            **layers(model.config),
+            **_layers(model.config),
         },
-        rules=rules,
+        rules=_rules(model.config),
         image_processor=image_processor,
         state=_adapt_state(model),
         transform=lambda images: torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"])),
