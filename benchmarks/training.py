@@ -42,7 +42,7 @@ from datasets import ClassLabel, Features, Image, load_dataset
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from transformers import TimmBackboneConfig
+from transformers import BitImageProcessor, TimmBackboneConfig
 
 from benchmarks import networks
 from benchmarks.memory import forget_peak, peak, resident
@@ -71,10 +71,7 @@ def mobilenet() -> CAStreamForImageClassification:
 NETWORKS = {"MobileNetV3-Small": mobilenet, **networks.NETWORKS}
 
 
-class Processor:
-    """The attributes of an image processor that ImageTransform reads."""
-
-    size, crop_size, resample, do_center_crop = {"shortest_edge": 256}, {"height": 224, "width": 224}, 2, True
+PROCESSOR = BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=2)
 
 
 def write_jpegs(folder: Path, count: int, shards: int = 4) -> None:
@@ -142,7 +139,7 @@ def streamed(folder: Path, batch_size: int, workers: int) -> Iterator[dict]:
     split = open_split(str(folder), "train")
     plan = ShardPlan(split.stream.num_shards, 1, max(1, workers))
     settings = ReaderSettings(batch_size, 128, 4, None, 1000, 0)
-    transform = ImageTransform(Processor, "crop")
+    transform = ImageTransform(PROCESSOR, "crop")
     loader = StreamLoader(split, plan, 0, transform, settings, in_process=workers == 0)
     for epoch in itertools.count():
         for batch, _ in loader.epoch(epoch):

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from castream.artifacts.files import write_json
 from castream.data.decoding import DECODING_ERRORS, read_image
 from castream.data.opening import Split
-from castream.data.transforms import ImageTransform
+from castream.data.transforms import ImageTransform, pixel_statistics
 from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation.settings import LOCALIZATION_METRICS
 
@@ -114,7 +114,7 @@ def evaluate_precision(
         folder: for mean_average_precision.json, `{"gap": percent, "ca": percent, "images": number of images}`.
     """
     model.eval()
-    objective = Objective(model, image_processor.image_mean, image_processor.image_std).to(accelerator.device)
+    objective = Objective(model, *pixel_statistics(image_processor)).to(accelerator.device)
     mine = itertools.islice(held_out, accelerator.process_index, None, accelerator.num_processes)
     found = []
     for batch in _batched(_decoded(mine, ImageTransform(image_processor, "none")), batch_size):

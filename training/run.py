@@ -16,7 +16,7 @@ from castream.artifacts.process import compute_threads, keep_freed_memory, own_c
 from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import Split, UnknownClassesError, open_scenes, open_split
 from castream.data.sharding import ShardPlan
-from castream.data.transforms import ImageTransform
+from castream.data.transforms import ImageTransform, pixel_statistics
 from castream.evaluation import EvaluationSettings
 from castream.publishing import PublishError, publish, write_model_card
 from huggingface_hub import get_token
@@ -254,7 +254,7 @@ def train(
     model.castream.backbone.to(memory_format=torch.channels_last)
     if args.compile_backbone:
         model.castream.backbone.compile()
-    pixels = image_processor.image_mean, image_processor.image_std
+    pixels = pixel_statistics(image_processor)
     loss = {"loss": args.objective, "pooling": args.pooling, "label_smoothing": args.label_smoothing}
     masks = {"mask_kinds": args.mask_kinds, "mask_backgrounds": args.mask_backgrounds}
     objective = Objective(model, *pixels, **loss, **masks).to(accelerator.device)
