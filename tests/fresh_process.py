@@ -1,9 +1,13 @@
 """Run Python as a stranger's machine would: new process, other folder, offline, this package not installed."""
 
 import os
+import socket
 import subprocess
 import sys
 import textwrap
+import time
+import urllib.request
+from collections.abc import Callable
 
 # An editable install puts a finder of its own on sys.meta_path, so that only refusing the name hides the package.
 _HIDE_PACKAGE = """
@@ -34,3 +38,30 @@ def run_fresh(code: str, folder, **environment) -> str:
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def fetch_page(start: Callable[[int], subprocess.Popen], path: str = "/") -> str:
+    """What a page says that `start` serves at the port given; it is stopped afterwards.
+
+    Raises:
+        AssertionError: where there is none within four minutes, with what the process said.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process, end = start(port), time.monotonic() + 240
+    try:
+        while True:
+            assert process.poll() is None and time.monotonic() < end, _last_words(process)
+            try:
+                return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()
+            except OSError:
+                time.sleep(0.5)
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+def _last_words(process: subprocess.Popen) -> tuple[str, str]:
+    process.kill()
+    return process.communicate()

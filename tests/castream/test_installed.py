@@ -2,17 +2,15 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.castream.conftest import draw_photo
+from tests.fresh_process import fetch_page
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -109,18 +107,4 @@ def test_train_knows_its_recipes(installed):
 
 def test_app(installed, model):
     pytest.importorskip("gradio", reason="needs gradio: pip install 'castream[app]'")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = installed.start("app", "--model", model, "--port", port)
-    try:
-        page, end = "", time.monotonic() + 120
-        while "gradio" not in page:
-            assert process.poll() is None and time.monotonic() < end, process.communicate()
-            try:
-                page = urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).read().decode()
-            except OSError:
-                time.sleep(0.5)
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
+    assert "gradio" in fetch_page(lambda port: installed.start("app", "--model", model, "--port", port))
