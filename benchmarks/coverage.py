@@ -18,6 +18,7 @@ import torch
 from castream.conversion.classifier import load_source, write_classifier
 from castream.conversion.parity import Parity
 from castream.conversion.timm_sources import describe, pooling_kind
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from .random_networks import TORCHVISION, TRANSFORMERS, randomise, write_random_source
@@ -42,7 +43,7 @@ class Network:
 def timm_networks() -> Iterator[Network]:
     """All of timm's classifiers that can be made without data."""
     for name in timm.list_models():
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             try:
                 model = timm.create_model(name)
             except Exception:  # a few networks compute with their weights when they are made

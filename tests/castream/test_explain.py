@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import pipeline
 from typer.testing import CliRunner
 
+from benchmarks.random_networks import write_random_source
 from castream import explain_photos
 from castream.command import app
 from castream.contact_sheet import CELL, MARGIN, MOST_ROWS, ContactSheet
@@ -51,6 +52,16 @@ def test_answers_are_the_pipelines(photos, model_dir):
     for ours, theirs in zip(photo.answers, expected, strict=True):
         assert ours["label"] == theirs["label"] and ours["score"] == pytest.approx(theirs["score"], abs=1e-6)
         assert ours["method"] == theirs["method"] and np.abs(ours["saliency"] - theirs["saliency"]).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family", ["pp_lcnet", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hgnet_v2", "levit", "swiftformer"))]
+)
+def test_a_classifier_that_was_never_converted(photos, tmp_path, family):
+    source, _ = write_random_source(f"transformers:{family}", tmp_path / "source")
+    result = explain(photos / "one.png", "--model", source, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "class " in result.output and list((tmp_path / "out").rglob("*.png"))
 
 
 def test_the_command_prints_classes_and_writes_pictures(photos, model_dir, tmp_path):

@@ -32,6 +32,9 @@ MODELS = [
     ),
 ]
 
+ONNX = ("efficientnet", "focalnet", "hgnet_v2", "hiera", "mobilenet_v1", "mobilenet_v2", "poolformer", "pp_lcnet")
+ONNX += ("pvt_v2", "regnet", "segformer", "textnet")
+
 
 def _small_model(name: str) -> CAStreamForImageClassification:
     sizes = {"hidden_sizes": [8, 16], "depths": [1, 2], "num_channels": 3}
@@ -149,6 +152,14 @@ def test_onnx_of_a_network_made_for_one_size(convert_row, tmp_path, capsys):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     logits, _ = session.run(["logits", "attention"], {"pixel_values": random_pixels(3, 3, 64, 64).numpy()})
     assert logits.shape == (3, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ONNX)
+def test_onnx_of_types(convert_row, tmp_path, name):
+    """onnxruntime's outputs are compared with PyTorch's before the file gets its name."""
+    assert export_onnx(convert_row(f"transformers:{name}").folder, tmp_path / "model.onnx", fixed_size=True) <= 1e-4
+    assert (tmp_path / "model.onnx").stat().st_size > 1000
 
 
 def test_onnx_of_no_model(tmp_path, capsys):
