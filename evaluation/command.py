@@ -78,7 +78,14 @@ def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSett
         metavar="METHOD",
         help=_names(METHODS, defaults.methods),
     )
-    add("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS, metavar="POOLING", help=_names(POOLINGS, POOLINGS))
+    add(
+        "--poolings",
+        nargs="+",
+        choices=POOLINGS,
+        default=defaults.poolings,
+        metavar="POOLING",
+        help=_names(POOLINGS, defaults.poolings),
+    )
     add(
         "--metrics",
         nargs="+",
@@ -136,7 +143,7 @@ def _controls(named: list[str] | None, poolings: Sequence[str]) -> tuple[str, ..
     """The controls that an option stands for; without a name, all that the poolings allow."""
     if named is None:
         return ()
-    both = set(poolings) == set(POOLINGS)
+    both = len(set(poolings)) == 2
     return tuple(named) or tuple(name for name in CONTROLS if both or name not in PAIRED_CONTROLS)
 
 

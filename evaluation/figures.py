@@ -17,7 +17,7 @@ from .settings import CURVE_METRICS
 COLOUR_MAP = "inferno"  # the pipeline's overlay has it, too; perceptually even and readable with any colour vision
 OPACITY = 0.7
 WRONG = "✗"  # in a title, beside a pooling that predicts another class
-POOLING_LINES = {"gap": "--", "ca": "-"}
+POOLING_LINES = {"gap": "--", "source": "--", "ca": "-"}
 LINE_MARKERS = ("o", "s", "^")
 MASK_COLOUR = "#39d5ff"
 # Okabe and Ito's colours, which stay apart with any colour vision

@@ -138,7 +138,8 @@ def _count(number: int, one: str = "", several: str = "") -> str:
 
 
 def _accuracy_lines(results: dict) -> list[str]:
-    titles = {"gap": "GAP", "ca": "CA", "ca_minus_gap": "CA minus GAP"}
+    own = "source" if "source" in results["accuracy"] else "GAP"
+    titles = {"gap": "GAP", "source": "source", "ca": "CA", "ca_minus_gap": f"CA minus {own}"}
     known = {titles[name]: entry for name, entry in results["accuracy"].items() if entry}
     if not known:
         return ["Accuracy: unknown, the dataset has no labels."]

@@ -331,7 +331,7 @@ class _Run:
                 with _naming(block), evaluating(self.model):
                     features = scorer.features(block.pixel_values.to(self.model.device))
                     confidence.append(confidences(scorer.probabilities(features)["ca"], scorer.independent).cpu())
-                    logits.append(scorer.logits(features)["gap"].cpu())
+                    logits.append(scorer.logits(features)[self.settings.own_pooling].cpu())
         found = (torch.cat(parts) if parts else None for parts in (logits, confidence))
         temperature = self._fit(*found, scorer.independent)
         if self.store is not None and self.accelerator.is_main_process:

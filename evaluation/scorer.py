@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from modeling_castream.configuration_castream import resolve_pooling
 from modeling_castream.features_castream import Features, run_features
 
 from .controls import match_norm, pool_by_mask
@@ -31,7 +32,7 @@ class Scorer:
         model: a CAStreamForImageClassification.
         settings: the evaluation's.
         mean, std: of the network's input, one value a channel, with images in [0, 1].
-        temperature: of the scoring "gap_temperature".
+        temperature: of the scorings "gap_temperature" and "source_temperature".
     """
 
     def __init__(
@@ -44,9 +45,19 @@ class Scorer:
     ):
         self.model, self.settings, self.temperature = model, settings, temperature
         self.mean, self.std = list(mean), list(std)
+        self._check_poolings()
         self.scorings = list(dict.fromkeys(row.scoring for row in table_rows(settings)))
         self.single_logit = model.config.num_labels == 1
         self.independent = self.single_logit or model.config.problem_type == "multi_label_classification"
+
+    def _check_poolings(self) -> None:
+        """Refuse poolings and controls that the model does not have."""
+        config = self.model.config
+        for pooling in self.settings.poolings:
+            resolve_pooling(config, pooling)
+        averaged = [name for name in ("norm", "bound") if name in self.settings.controls]
+        if averaged and config.source_pooling != "gap":
+            raise ValueError(f"controls {', '.join(averaged)} need a source that averages, and this model's does not.")
 
     def features(self, pixel_values: torch.Tensor) -> Features:
         """One backbone pass, under the settings' autocast; the model must be in eval mode."""
@@ -67,11 +78,11 @@ class Scorer:
         model, feature_maps, cls_token = self.model, features.feature_maps, features.cls_token
         by_scoring = {}
         with torch.autocast(feature_maps[-1].device.type, enabled=False):
-            gap = feature_maps[-1].mean((2, 3))
-            if self._needs("gap"):
-                by_scoring["gap"] = model.classify(gap, cls_token).float()
-            if "gap_temperature" in self.scorings:
-                by_scoring["gap_temperature"] = by_scoring["gap"] / self.temperature
+            name, (gap, _) = self.settings.own_pooling, model.castream.pool_features(feature_maps, "source")
+            if self._needs(name):
+                by_scoring[name] = model.classify(gap, cls_token).float()
+            if f"{name}_temperature" in self.scorings:
+                by_scoring[f"{name}_temperature"] = by_scoring[name] / self.temperature
             if self._needs("ca"):
                 ca, _ = model.castream.pool_features(feature_maps, "ca")
                 by_scoring["ca"] = model.classify(ca, cls_token).float()

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, fields
 
-POOLINGS = ("gap", "ca")
+POOLINGS = ("gap", "ca", "source")
 STABLE_CHANGES = ("hiding_blur", "blurred_deletion", "random_ties")
 PROTOCOLS = ("reference", "stable", *STABLE_CHANGES)
 TARGETS = ("label", "predicted")
@@ -25,7 +25,8 @@ class EvaluationSettings:
 
     Args:
         methods: saliency methods of `modeling_castream.explain`.
-        poolings: `"gap"` and/or `"ca"`; with both, CA minus GAP is reported, image by image.
+        poolings: `"ca"` and/or the source's own: `"gap"`, or `"source"`, which it is called where the source averages
+            nothing. With both, CA minus the source's own is reported, image by image, as `ca_minus_gap`.
         metrics: names from METRICS; LOCALIZATION_METRICS need examples with a mask or boxes.
         protocol: `"reference"`, the paper's, or `"stable"`; see evaluation/README.md for what differs and by how much.
             The name of one of stable's changes (STABLE_CHANGES) is the reference with that change alone.
@@ -45,7 +46,7 @@ class EvaluationSettings:
     """
 
     methods: tuple[str, ...] = ("grad_cam", "attention_cam", "raw_attention")
-    poolings: tuple[str, ...] = POOLINGS
+    poolings: tuple[str, ...] = ("gap", "ca")
     metrics: tuple[str, ...] = PAPER_METRICS
     protocol: str = "reference"
     target: str = "label"
@@ -82,8 +83,15 @@ class EvaluationSettings:
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}.")
         paired = [name for name in PAIRED_CONTROLS if name in self.controls]
-        if paired and set(self.poolings) != set(POOLINGS):
+        if {"gap", "source"} <= set(self.poolings):
+            raise ValueError("poolings must name the source's own once, got gap and source.")
+        if paired and len(self.poolings) != 2:
             raise ValueError(f"controls {', '.join(paired)} compare both poolings, got poolings={self.poolings[0]}.")
+
+    @property
+    def own_pooling(self) -> str:
+        """What the source's own pooling is called here: `"gap"` or `"source"`."""
+        return "source" if "source" in self.poolings else "gap"
 
     @property
     def block_size(self) -> int:

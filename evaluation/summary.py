@@ -53,7 +53,7 @@ def summarize(settings: EvaluationSettings, part: Part | SavedPart, context: dic
         "sample": table.sample() | {"skipped": part.skipped},
         "accuracy": _accuracy(table.values("correct"), settings, figures),
         "rows": _rows(settings),
-        "ca_minus_gap": _pairs(table.keys),
+        "ca_minus_gap": _pairs(table.keys, settings.own_pooling),
         "method_minus_reference": _against_reference(table.keys, settings),
     }
     for name in (*settings.metrics, "map_area", "probability"):
@@ -174,7 +174,7 @@ def _accuracy(correct: dict, settings: EvaluationSettings, figures: _Figures) ->
     correct = {pooling: correct[settings.methods[0], pooling, ""] for pooling in settings.poolings}
     accuracy = {pooling: figures.mean(series) for pooling, series in correct.items()}
     if len(correct) == 2:
-        accuracy["ca_minus_gap"] = figures.difference(correct["ca"], correct["gap"])
+        accuracy["ca_minus_gap"] = figures.difference(correct["ca"], correct[settings.own_pooling])
     return accuracy
 
 
@@ -189,13 +189,13 @@ def _rows(settings: EvaluationSettings) -> list[dict]:
     ]
 
 
-def _pairs(keys: list[tuple[str, str, str]]) -> list[dict]:
-    """CA minus GAP, for each method and control that has both."""
+def _pairs(keys: list[tuple[str, str, str]], own: str) -> list[dict]:
+    """CA minus the source's own pooling, for each method and control that has both."""
     return [
         {"method": method, "control": ca_control or gap_control, "metrics": {}}
         for method in dict.fromkeys(method for method, _, _ in keys)
         for ca_control, gap_control in PAIRS
-        if {(method, "ca", ca_control), (method, "gap", gap_control)} <= set(keys)
+        if {(method, "ca", ca_control), (method, own, gap_control)} <= set(keys)
     ]
 
 
@@ -214,9 +214,10 @@ def _fill_metric(results: dict, name: str, values: dict, figures: _Figures) -> N
     for row in results["rows"]:
         row["metrics"][name] = figures.mean(values[_key(row)])
     controls = {ca_control or gap_control: (ca_control, gap_control) for ca_control, gap_control in PAIRS}
+    own = "source" if "source" in results["settings"]["poolings"] else "gap"
     for pair in results["ca_minus_gap"]:
         ca_control, gap_control = controls[pair["control"]]
-        ca, gap = values[pair["method"], "ca", ca_control], values[pair["method"], "gap", gap_control]
+        ca, gap = values[pair["method"], "ca", ca_control], values[pair["method"], own, gap_control]
         pair["metrics"][name] = figures.difference(ca, gap)
     for row in results["method_minus_reference"]:
         theirs = values[row["reference"], row["pooling"], row["control"]]

@@ -13,7 +13,8 @@ class Row:
         method: a saliency method, or a control map.
         pooling: of the map.
         control: "" for the plain protocol.
-        scoring: who gives the probabilities: a pooling, "gap_temperature", "ca_norm" or "ca_bound".
+        scoring: who gives the probabilities: a pooling, "gap_temperature", "source_temperature", "ca_norm" or
+            "ca_bound".
     """
 
     method: str
@@ -29,14 +30,14 @@ class Row:
 
 def table_rows(settings: EvaluationSettings) -> list[Row]:
     """The rows that the settings ask for, in the order of the report."""
-    controls, rows = settings.controls, []
+    controls, own, rows = settings.controls, settings.own_pooling, []
     for method in (*settings.methods, *(name for name in CONTROL_MAPS if name in controls)):
         for area in ("", "area") if "area" in controls else ("",):
             rows += [Row(method, pooling, area, pooling) for pooling in settings.poolings]
             if "map_only" in controls and method not in CONTROL_MAPS:
-                rows.append(Row(method, "ca", "map_only_area" if area else "map_only", "gap"))
+                rows.append(Row(method, "ca", "map_only_area" if area else "map_only", own))
         if "temperature" in controls:
-            rows.append(Row(method, "gap", "temperature", "gap_temperature"))
+            rows.append(Row(method, own, "temperature", f"{own}_temperature"))
         if "norm" in controls:
             rows.append(Row(method, "ca", "norm", "ca_norm"))
         if "bound" in controls:
@@ -48,4 +49,5 @@ def reference_map(settings: EvaluationSettings) -> tuple[str, str, bool]:
     """The map whose area the others are matched to, and the method they are compared with: Grad-CAM under GAP, or,
     where the settings lack one or the other, their first."""
     method = "grad_cam" if "grad_cam" in settings.methods else settings.methods[0]
-    return method, "gap" if "gap" in settings.poolings else settings.poolings[0], False
+    own = settings.own_pooling
+    return method, own if own in settings.poolings else settings.poolings[0], False

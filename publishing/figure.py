@@ -11,14 +11,16 @@ _INK, _PAPER = (20, 20, 20), (255, 255, 255)
 
 
 def draw_example(model, image_processor, example) -> Image.Image:
-    """Explain a photo's most likely class by `METHODS` under GAP and CA, side by side, with a legend.
+    """Explain a photo's most likely class by `METHODS` under its own pooling and CA, side by side, with a legend.
 
     Args:
         example: path, URL or picture.
     """
     explain = model.explainer(image_processor)
     photo, answers = _shrink(example), []
-    answers = explain(photo, method=list(METHODS), pooling=["gap", "ca"], top_k=1)
+    config = model.config
+    methods = METHODS if config.source_pooling == "gap" else METHODS[:1]  # Attention-CAM needs pooled positions
+    answers = explain(photo, method=list(methods), pooling=[config.source_pooling, "ca"], top_k=1)
     panels = [("image", answers[0]["label"], photo)]
     for answer in answers:
         title = f"{answer['method']}, {answer['pooling'].upper()}"

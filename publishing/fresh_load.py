@@ -35,7 +35,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     found = {"pixel_values": pixel_values}
     with torch.no_grad():
-        for pooling in ("ca", "gap"):
+        for pooling in ("ca", "source"):
             found[pooling] = model(pixel_values.to(model.dtype), pooling=pooling).logits.float()
     for task in ("image-classification", "image-explanation"):
         pipeline(task, model=folder, trust_remote_code=True)(image, top_k=1)

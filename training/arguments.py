@@ -92,7 +92,9 @@ class TrainingArguments:
     mask_backgrounds: list[str] = words(
         ["black", "black", "black", "grey", "blur"], "what shows where a mask hides, drawn from these"
     )
-    pooling: Literal["ca", "gap"] = option("ca", "what is trained: the stream, or the plain network before it")
+    pooling: Literal["ca", "gap", "source"] = option(
+        "ca", "what is trained: the stream, or the plain network before it, gap or source"
+    )
     label_smoothing: float = option(0.0, "of cross_entropy")
 
     # Optimisation
@@ -176,14 +178,18 @@ class TrainingArguments:
             raise ValueError("cache_features=true cannot be combined with mixup or cutmix, which mix pixels anew.")
         if unlabelled and (mixed or self.label_smoothing):
             raise ValueError(f"mixup, cutmix and label_smoothing need objective=cross_entropy, got {self.objective}.")
-        if unlabelled and self.pooling == "gap":
-            raise ValueError(f"pooling=gap needs objective=cross_entropy: {self.objective} learns from the GAP logits.")
+        if unlabelled and self.pooling != "ca":
+            raise ValueError(
+                f"pooling={self.pooling} needs objective=cross_entropy: {self.objective} learns from these logits."
+            )
         if unlabelled and not frozen:
             raise ValueError(
                 f"objective={self.objective} needs freeze_backbone and freeze_classifier: its teacher must not change."
             )
-        if self.pooling == "gap" and frozen:
-            raise ValueError("pooling=gap trains nothing with backbone and classifier frozen: unfreeze one of them.")
+        if self.pooling != "ca" and frozen:
+            raise ValueError(
+                f"pooling={self.pooling} trains nothing with backbone and classifier frozen: unfreeze one of them."
+            )
         for name, allowed in (("mask_kinds", KINDS), ("mask_backgrounds", BACKGROUNDS)):
             unknown = [entry for entry in getattr(self, name) if entry not in allowed]
             if unknown or not getattr(self, name):

@@ -17,6 +17,7 @@ from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation.settings import LOCALIZATION_METRICS
 
 from modeling_castream import CAStreamForImageClassification
+from modeling_castream.methods_castream import METHODS
 
 from .objective import Objective, attention_entropy
 
@@ -91,13 +92,18 @@ def evaluate(
     folder: Path,
     **names: str,
 ) -> None:
-    """GAP and CA side by side on held-out images, printed and written to a folder.
+    """The source's own pooling and CA side by side on held-out images, printed and written to a folder.
+
+    Where the source averages nothing, methods that need a pooling over positions are left out.
 
     Args:
         names: `model_name` and `dataset_name`, for the report.
     """
     masks = LOCALIZATION_METRICS if held_out.has_masks else ()
     settings = replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *masks))))
+    if (own := model.config.source_pooling) != "gap":
+        methods = tuple(name for name in settings.methods if not METHODS[name].needs_positions)
+        settings = replace(settings, poolings=(own, "ca"), methods=methods)
     report = evaluate_saliency(model.eval(), image_processor, held_out, settings, str(folder), accelerator, **names)
     accelerator.print("\n" + report.markdown())
 
@@ -111,23 +117,26 @@ def evaluate_precision(
     Each image counts once over all processes.
 
     Args:
-        folder: for mean_average_precision.json, `{"gap": percent, "ca": percent, "images": number of images}`.
+        folder: for mean_average_precision.json, `{"gap": percent, "ca": percent, "images": number of images}`;
+            `"source"` for `"gap"` where the source averages nothing.
     """
     model.eval()
     objective = Objective(model, *pixel_statistics(image_processor)).to(accelerator.device)
     mine = itertools.islice(held_out, accelerator.process_index, None, accelerator.num_processes)
-    found = []
+    found, own = [], model.config.source_pooling
     for batch in _batched(_decoded(mine, ImageTransform(image_processor, "none")), batch_size):
         normalized = objective.normalize(torch.stack([pixels for pixels, _ in batch]).to(accelerator.device))
         labels = torch.zeros(len(batch), model.config.num_labels)
         for row, (_, example) in zip(labels, batch, strict=True):
             row[example["label"] or []] = 1.0
-        found.append((*(model(normalized, pooling=name).logits.float().cpu() for name in ("gap", "ca")), labels))
+        found.append((*(model(normalized, pooling=name).logits.float().cpu() for name in (own, "ca")), labels))
     gathered = gather_object(found) if accelerator.num_processes > 1 else found
-    gap, ca, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
-    scores = {"gap": mean_average_precision(gap, labels), "ca": mean_average_precision(ca, labels)}
+    source, ca, labels = (torch.cat(parts) for parts in zip(*gathered, strict=True))
+    scores = {own: mean_average_precision(source, labels), "ca": mean_average_precision(ca, labels)}
     scores |= {"images": len(labels)}
-    accelerator.print("mean average precision: GAP {gap:.2f}, CA {ca:.2f}, on {images} images".format(**scores))
+    accelerator.print(
+        f"mean average precision: {own.upper()} {scores[own]:.2f}, CA {scores['ca']:.2f}, on {len(labels)} images"
+    )
     if accelerator.is_main_process:
         write_json(folder / "mean_average_precision.json", scores)
 

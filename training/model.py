@@ -154,7 +154,7 @@ def fit_classifier(accelerator: Accelerator, objective: Objective, batches: Iter
 
 @torch.no_grad()
 def _pooled_features(accelerator: Accelerator, objective: Objective, batches: Iterator[tuple[dict, object]]) -> tuple:
-    """GAP features that the classifier reads, and labels, of all processes' images.
+    """What the classifier reads under the source's own pooling, and labels, of all processes' images.
 
     Returns:
         (num_images, num_features) and (num_images,) or (num_images, num_labels), on the CPU, the same everywhere.
@@ -165,7 +165,8 @@ def _pooled_features(accelerator: Accelerator, objective: Objective, batches: It
         with accelerator.autocast():
             view = batch["features"]["view"] if "features" in batch else objective.extract_view(batch)
         feature_maps, cls_token = view
-        read = objective.model.readout(feature_maps[-1].float().mean((2, 3)), cls_token)
+        pooled, _ = objective.model.castream.pool_features((feature_maps[-1].float(),), "source")
+        read = objective.model.readout(pooled, cls_token)
         found.append((read.float().cpu(), batch["labels"].cpu()))
     gathered = gather_object(found) if accelerator.num_processes > 1 else found
     return tuple(torch.cat(parts) for parts in zip(*gathered, strict=True)) if gathered else ((), ())

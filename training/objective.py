@@ -46,7 +46,7 @@ class Objective(nn.Module):
         model: a CAStreamForImageClassification.
         mean, std: of the pixels in [0, 1], per channel, as the image processor normalises.
         loss: `"cross_entropy"`, `"distill"`, `"masked_distill"` or `"mass_fidelity"`.
-        pooling: that is trained, `"ca"` or `"gap"`.
+        pooling: that is trained, `"ca"`, or the source's own, `"source"` or `"gap"`.
         label_smoothing: of `cross_entropy`.
         mask_kinds, mask_backgrounds: of `mass_fidelity`'s masked views, as `castream.data.masks` names them.
 
@@ -171,7 +171,8 @@ class Objective(nn.Module):
         with torch.autocast(self.mean.device.type, enabled=False):
             feature_maps, cls_token = features
             cls_token = None if cls_token is None else cls_token.float()
-            return self.model.classify(feature_maps[-1].float().mean((2, 3)), cls_token).float()
+            pooled, _ = self.model.castream.pool_features((feature_maps[-1].float(),), "source")
+            return self.model.classify(pooled, cls_token).float()
 
     def _saliency(self, feature_map: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Where features point like the predicted class's row, scaled to [0, 1]; their length where rows are no such
@@ -210,7 +211,7 @@ class Objective(nn.Module):
             loss = self._supervised(logits, labels)
         else:
             with torch.no_grad():
-                teacher, _ = self._logits(features["view"], "gap")
+                teacher, _ = self._logits(features["view"], "source")
             loss = self._divergence(teacher, logits)
             if self.loss == "mass_fidelity":
                 masked, _ = self._logits(features["masked"], self.pooling)
@@ -219,7 +220,7 @@ class Objective(nn.Module):
             elif self.uses_masks:
                 masked, _ = self._logits(features["masked"], self.pooling)
                 loss = loss + self._confirmed(teacher, masked)
-        if not attention_maps:  # pooling="gap" trains what lies around the stream, and does not run it
+        if not attention_maps:  # pooling="source" trains what lies around the stream, and does not run it
             _, attention_maps = self.model.castream.stream(features["view"][0])
         first = tuple(attention[:ENTROPY_IMAGES] for attention in attention_maps)
         entropy = attention_entropy(first) * (len(logits) / len(first[0]))

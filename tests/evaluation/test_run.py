@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -343,3 +344,32 @@ def test_a_killed_command_goes_on(folders, tmp_path):
     assert resumed.equals(whole)  # to the bit
     for name in ("results.md", "examples.png", "curves.png"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_source_that_reads_a_cls_token_is_compared_under_its_own_name():
+    model = small_model(kind="vit")
+    settings = replace(SETTINGS, methods=("grad_cam", "cls_attention"), poolings=("source", "ca"))
+    results = run(settings=settings, model=model).results
+    rows = {(row["method"], row["pooling"]) for row in results["rows"] if not row["control"]}
+    assert {("grad_cam", "source"), ("cls_attention", "ca")} <= rows
+    assert set(results["accuracy"]) == {"source", "ca", "ca_minus_gap"}
+    difference = results["ca_minus_gap"][0]["metrics"]["insertion"]
+    means = {
+        row["pooling"]: row["metrics"]["insertion"]["mean"]
+        for row in results["rows"]
+        if row["method"] == "grad_cam" and not row["control"]
+    }
+    assert difference["mean"] == pytest.approx(means["ca"] - means["source"])
+    with pytest.raises(ValueError, match="pooling='gap' does not exist here"):
+        run(model=model)
+    with pytest.raises(ValueError, match="controls norm need a source that averages"):
+        run(settings=replace(settings, controls=("norm",)), model=model)
+    with pytest.raises(ValueError, match="poolings must name the source's own once"):
+        replace(settings, poolings=("gap", "source"))
+
+
+def test_both_names_of_an_average_give_the_same_figures():
+    gap, source = (run(settings=replace(SETTINGS, poolings=(name, "ca"))).results for name in ("gap", "source"))
+    for ours, theirs in zip(source["rows"], gap["rows"], strict=True):
+        assert ours["metrics"] == theirs["metrics"]
+    assert source["ca_minus_gap"][0]["metrics"] == gap["ca_minus_gap"][0]["metrics"]

@@ -9,7 +9,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, CAStreamModel
 from tests.modeling_castream.tiny import CONFIGS, tiny_model, tiny_resnet
 
-KINDS = sorted(CONFIGS)
+KINDS = sorted(set(CONFIGS) - {"vit"})  # which takes images of one size only, and averages nothing
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ for kind in KINDS:
     assert not any(p.requires_grad for p in model.castream.backbone.parameters())
     with torch.no_grad():
         results[f"{kind}.ca"] = model(pixel_values).logits
-        results[f"{kind}.gap"] = model(pixel_values, pooling="gap").logits
+        results[f"{kind}.source"] = model(pixel_values, pooling="source").logits
         results[f"{kind}.attention"] = model(pixel_values).attention_maps[-1].clone()
         results[f"{kind}.pooled"] = base(pixel_values).pooler_output
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -72,7 +72,7 @@ def test_a_stranger_s_process_computes_the_same_bits(saved, kind):
             assert torch.equal(results[f"{kind}.ca"], out.logits)
             assert torch.equal(results[f"{kind}.again"], out.logits)
             assert torch.equal(results[f"{kind}.attention"], out.attention_maps[-1])
-            assert torch.equal(results[f"{kind}.gap"], model(pixel_values, pooling="gap").logits)
+            assert torch.equal(results[f"{kind}.source"], model(pixel_values, pooling="source").logits)
             base = AutoModel.from_pretrained(root / kind)
             assert type(base) is CAStreamModel
             assert torch.equal(results[f"{kind}.pooled"], base(pixel_values).pooler_output)

@@ -1,7 +1,7 @@
 """Backbones small enough for a unit test."""
 
 import torch
-from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig
+from transformers import ConvNextConfig, ResNetConfig, TimmBackboneConfig, ViTConfig
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification, saliency_castream
 
@@ -18,6 +18,11 @@ def tiny_timm(**kwargs) -> TimmBackboneConfig:
     return TimmBackboneConfig(backbone="resnet10t", **{"out_indices": [1, 2, 3, 4], **kwargs})
 
 
+def tiny_vit(**kwargs) -> ViTConfig:
+    options = {"image_size": 64, "patch_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return ViTConfig(hidden_size=32, intermediate_size=48, **options, **kwargs)
+
+
 EFFICIENTNET_NECK = [
     {"type": "conv", "out_channels": 48},
     {"type": "batch_norm", "eps": 1e-3},
@@ -30,6 +35,7 @@ CONFIGS = {
     "convnext": lambda: {"backbone_config": tiny_convnext()},
     "timm": lambda: {"backbone_config": tiny_timm()},
     "neck": lambda: {"backbone_config": tiny_resnet(), "neck_layers": EFFICIENTNET_NECK},
+    "vit": lambda: {"backbone_config": tiny_vit(), "whole_classifier": True},
     "submodules": lambda: {
         "backbone_config": tiny_convnext(),
         "stream_layers": ["stem", "encoder.stages.1.downsampling_layer", "stage4"],
