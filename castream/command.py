@@ -41,7 +41,7 @@ def explain(
     ] = None,
     pooling: Annotated[
         list[str] | None,
-        typer.Option(metavar="POOLING", help="ca, or gap: the source's own. May repeat."),
+        typer.Option(metavar="POOLING", help="ca, or source: the source's own (gap, if an average). May repeat."),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(metavar="CLASS", help="Class to explain, label or id. May repeat.")

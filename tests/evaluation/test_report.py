@@ -193,7 +193,7 @@ def test_raw_attention_is_in_the_picture_without_being_evaluated(tmp_path):
 def test_curves_of_many_methods_look_different():
     methods = [*METHODS, *BASELINE_TITLES]
     looks = {(line.get_color(), line.get_marker()) for line in _legend(methods, ())}
-    assert len(looks) == len(methods) == 16
+    assert len(looks) == len(methods) == 17
     titles = [line.get_label() for line in _legend(["grad_cam"], ("gap", "ca"))]
     assert titles == ["Grad-CAM", "under GAP", "under CA"]
 
