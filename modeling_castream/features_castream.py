@@ -158,7 +158,8 @@ def extract(model: nn.Module, pixel_values: torch.Tensor) -> Features:
 
 
 def run_features(model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None) -> Features:
-    """The features of a batch that lies on the model's device in its dtype."""
+    """The features of a batch that lies on the model's device in its dtype; its pixels keep the backbone's layout."""
+    pixel_values = _channels_last(pixel_values)
     feature_maps, cls_token = run_backbone(model, pixel_values, autocast_dtype)
     evidence_features = model.castream.evidence_features(feature_maps) if _has_evidence(model) else ()
     feature_maps = feature_maps[-len(model.config.stream_layers) :]
@@ -172,17 +173,20 @@ def _has_evidence(model: nn.Module) -> bool:
 def run_backbone(
     model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
 ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Feature maps and CLS token, brought back from autocast's dtype to the model's.
-
-    The channels of a pixel are laid side by side first: a CPU's convolutions take up to a third less time then.
-    """
-    if isinstance(pixel_values, torch.Tensor) and pixel_values.ndim == 4:  # anything else is refused below
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
+    pixel_values = _channels_last(pixel_values)
     folding = getattr(model.castream, "folding", nullcontext)  # a model of an earlier version's code has none
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None), folding():
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)
     return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token
+
+
+def _channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Images whose pixels' channels lie side by side: a CPU's convolutions take up to a third less time then."""
+    if isinstance(pixel_values, torch.Tensor) and pixel_values.ndim == 4:  # anything else is refused by the model
+        return pixel_values.contiguous(memory_format=torch.channels_last)
+    return pixel_values
 
 
 def pool_and_classify(

@@ -46,6 +46,8 @@ def inference_backbone(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Mo
         return backbone
     if not _wanted.get() or backbone.training or torch.is_grad_enabled():
         return backbone
+    if pixel_values.device.type == "cpu" and not pixel_values.sum().isfinite():  # oneDNN's ReLU makes 0 of NaN
+        return backbone
     state = _state(backbone)
     with _building:  # threads that share a model share its copy
         known = _folded.get(backbone)

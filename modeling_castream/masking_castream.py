@@ -57,6 +57,7 @@ def score_cam_weights(
     """
     pixel_values, feature_map = features.pixel_values, features.feature_maps[layer].float()
     shift = _black(image_mean, image_std, pixel_values)
+    from_black = pixel_values + shift
     flat = feature_map.flatten(2)
     constant = flat.amax(2) == flat.amin(2)
     items, channels = (~constant).nonzero(as_tuple=True)
@@ -68,7 +69,7 @@ def score_cam_weights(
             weights[name][constant] = probabilities[name][0][one[constant.nonzero()[:, 0]]]
     for item, channel in _chunks(items, channels, chunk_size or default_chunk_size(pixel_values)):
         masks = _masks(feature_map[item, channel], pixel_values.shape[-2:])
-        masked = torch.addcmul(-shift, pixel_values[item] + shift, masks.to(pixel_values.dtype))
+        masked = torch.addcmul(-shift, from_black[item], masks.to(pixel_values.dtype))
         probabilities = _probabilities(features, masked, wanted, autocast_dtype)
         for name, one in wanted.items():
             weights[name][item, channel] = probabilities[name].gather(1, one[item])

@@ -10,7 +10,13 @@ import torch
 from torch.nn import functional as F
 from transformers import BatchFeature, BitImageProcessor, Dinov2Config, SwinConfig
 
-from modeling_castream import CAStreamConfig, CAStreamForImageClassification, explain, methods_castream
+from modeling_castream import (
+    CAStreamConfig,
+    CAStreamForImageClassification,
+    explain,
+    masking_castream,
+    methods_castream,
+)
 from modeling_castream.folding_castream import folding
 from modeling_castream.masking_castream import ablation_cam_weights
 from modeling_castream.methods_castream import Method
@@ -257,6 +263,20 @@ def test_score_cam_passes_constant_channels_and_poolings_once(monkeypatch):
     without = explain_features(alone, TARGET[:2], "score_cam", "ca", **options)
     shift = black * (1.0 - 2.0 + 0.5)
     torch.testing.assert_close(together["ca"][0] - without[0], shift.expand(without[0].shape), atol=1e-5, rtol=0)
+
+
+def test_score_cam_makes_its_masked_images_in_the_layout_of_the_backbone(monkeypatch):
+    """No copy is made of them on their way."""
+    laid, run = [], masking_castream.run_backbone
+
+    def note(model, images, dtype):
+        laid.append(images.is_contiguous(memory_format=torch.channels_last))
+        return run(model, images, dtype)
+
+    features = extract(MODELS["resnet"](), pixels().contiguous())
+    monkeypatch.setattr(masking_castream, "run_backbone", note)
+    explain_features(features, TARGET, "score_cam", chunk_size=7, image_mean=[0.5] * 3, image_std=[0.2] * 3)
+    assert len(laid) > 3 and sum(laid) >= len(laid) - 1  # all but the one black image for constant channels
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
