@@ -120,7 +120,8 @@ class SavedPart:
     def batches(self, names: list[str]) -> Iterator[pa.RecordBatch]:
         """Some columns, a few thousand rows at a time."""
         with pq.ParquetFile(self.path) as file:
-            yield from file.iter_batches(ROWS_PER_GROUP, columns=names)
+            for group in range(file.num_row_groups):  # `iter_batches` holds all that it has read until it ends
+                yield from file.read_row_group(group, columns=names).to_batches(max_chunksize=ROWS_PER_GROUP)
 
     def table_of(self, names: list[str]) -> pa.Table:
         """Some columns."""
