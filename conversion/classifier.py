@@ -137,7 +137,8 @@ def _load_saved(folder: Path) -> CAStreamForImageClassification:
 
     Weights mapped from a file start anywhere, and convolutions round differently by where their weights start.
     """
-    model = CAStreamForImageClassification.from_pretrained(folder)
+    with no_init_weights():  # the file holds all of them
+        model = CAStreamForImageClassification.from_pretrained(folder)
     model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
     return model
 

@@ -210,8 +210,7 @@ def describe_wrapper(model: TimmWrapperForImageClassification, source: str) -> S
     size = (model.config.model_args or {}).get("img_size")
     made_for = {"input_size": (3, *((size, size) if isinstance(size, int) else size))} if size else {}
     model.timm_model.pretrained_cfg |= made_for | getattr(model.config, "pretrained_cfg", {})
-    names = list(model.config.id2label.values())
-    model.timm_model.pretrained_cfg["label_names"] = names
+    model.timm_model.pretrained_cfg["label_names"] = list(model.config.id2label.values())
     return describe(model.timm_model, model.config.model_args or {}, source)
 
 
