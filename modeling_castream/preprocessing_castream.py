@@ -31,7 +31,8 @@ def image_mode(image_processor, num_channels: int | None = None) -> str:
             found = len(process(image_processor, Image.new(mode, (256, 256))))
         except Exception:  # processors have no error in common for a wrong number of channels
             continue
-        if num_channels in (None, found):
+        # transformers 5.17 spreads a grey picture over any number of channels
+        if num_channels in (None, found) and found <= len(mode):
             return mode
     return "RGB"
 
