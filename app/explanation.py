@@ -9,7 +9,7 @@ from PIL import Image, UnidentifiedImageError
 
 SHOWN_METHODS = ["attention_cam", "grad_cam", "grad_cam_plus_plus"]
 EVIDENCE_METHODS = {"evidence": "memory", "object": "constant"}  # method -> the evidence block that it shows
-POOLINGS = {"gap": "GAP", "ca": "CA"}
+POOLINGS = {"gap": "GAP", "source": "the source", "ca": "CA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 FORMATS += tuple({"AVIF", "HEIF"} & set(Image.registered_extensions().values()))  # phones', where Pillow can
 MOST_PIXELS = 40_000_000
@@ -27,7 +27,7 @@ class Map:
 
     Args:
         title: method, or depth.
-        pooling: `"gap"` or `"ca"`.
+        pooling: `"gap"`, `"source"` or `"ca"`.
         saliency: (height, width) of the photo, uint8, 255 being 1.
         before: probability of the class for the photo, in [0, 1]; None for maps that are no class's.
         after: the same for the photo multiplied by the map.
@@ -103,6 +103,9 @@ class Explainer:
     def __init__(self, pipe):
         self.pipe = pipe
         self.colors = pipe.color_map()
+        own = getattr(pipe.model.config, "source_pooling", "gap")  # a published model's code may be an earlier one
+        self.poolings, averages = [own, "ca"], own == "gap"
+        self.shown_methods = [name for name in SHOWN_METHODS if averages or not pipe.methods[name].needs_positions]
         self.depths = list(pipe.model.config.stream_layers)
         agnostic = pipe.model.config.query == "class_agnostic"
         self.attention_title = "Raw attention, the same for every class" if agnostic else "Raw attention"
@@ -124,7 +127,7 @@ class Explainer:
 
     def explain(self, photo: Image.Image, class_id: int) -> Explanation:
         """All maps for one class, which its label need not name alone."""
-        answers = self.pipe(photo, method=SHOWN_METHODS, pooling=list(POOLINGS), target=class_id)
+        answers = self.pipe(photo, method=self.shown_methods, pooling=self.poolings, target=class_id)
         if self.evidence_methods:
             own = self.pipe.model.config.pooling
             answers = self.pipe(photo, method=self.evidence_methods, pooling=own, target=class_id) + answers
@@ -149,7 +152,7 @@ class Explainer:
         masked = [
             Image.fromarray((pixels * answer["saliency"][..., None]).round().astype(np.uint8)) for answer in answers
         ]
-        found = self._probabilities(masked, list(POOLINGS))
+        found = self._probabilities(masked, self.poolings)
         return [found[answer["pooling"]][index, class_id].item() for index, answer in enumerate(answers)]
 
     def _probabilities(self, pictures: list[Image.Image], poolings: list[str]) -> dict[str, torch.Tensor]:

@@ -62,6 +62,8 @@ def _check_tokens(model: nn.Module, features: torch.Tensor, source: str) -> None
     num_read = 1 if isinstance(names, str) else len(names)
     if features.ndim == 4:
         problem = "its head pools by attention with layers of its own"
+    elif len(list(model.named_parameters(remove_duplicate=False))) > len(list(model.parameters())):
+        problem = "its layers share weights, and a model's file keeps each weight once"
     elif features.shape[1] <= num_read:
         problem = "it does not hand out patch tokens beside the CLS token"
     elif getattr(model, "attn_pool", None) is None:

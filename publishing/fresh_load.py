@@ -35,7 +35,7 @@ def main(folder: str, inputs: str, outputs: str) -> None:
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     found = {"pixel_values": pixel_values}
     with torch.no_grad():
-        for pooling in ("ca", "source"):
+        for pooling in ("ca", getattr(model.config, "source_pooling", "gap")):  # earlier folders' code has no such name
             found[pooling] = model(pixel_values.to(model.dtype), pooling=pooling).logits.float()
     for task in ("image-classification", "image-explanation"):
         pipeline(task, model=folder, trust_remote_code=True)(image, top_k=1)

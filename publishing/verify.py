@@ -35,7 +35,7 @@ def verify(folder: Path, model: CAStreamForImageClassification) -> float:
     pixel_values = processor(images=Image.fromarray(noise.numpy()), return_tensors="pt")["pixel_values"]
     expected = {"pixel_values": pixel_values}
     with torch.no_grad():
-        for pooling in ("ca", "source"):
+        for pooling in ("ca", model.config.source_pooling):
             expected[pooling] = model(pixel_values.to(model.dtype), pooling=pooling).logits.float()
     found = _load_elsewhere(folder, noise)
     largest = 0.0
