@@ -15,8 +15,6 @@ from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
     ResNetModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from benchmarks.random_networks import write_random_source
@@ -111,8 +109,6 @@ def test_weights_that_would_have_to_be_downloaded(tmp_path, capsys, monkeypatch)
 
 
 def test_refused_transformers_folders(tmp_path, capsys):
-    vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32)
-    ViTForImageClassification(vit).save_pretrained(tmp_path / "vit")
     ResNetModel(small_resnet()).save_pretrained(tmp_path / "headless")
     ResNetForImageClassification(small_resnet()).save_pretrained(tmp_path / "no_processor")
     write_random_source("transformers:resnet", tmp_path / "cut")
@@ -120,7 +116,6 @@ def test_refused_transformers_folders(tmp_path, capsys):
     weights.write_bytes(weights.read_bytes()[:1000])
     (tmp_path / "empty").mkdir()
     for name, message in {
-        "vit": "it reads the CLS token",
         "headless": "missing keys classifier.1.bias",
         "no_processor": "no readable preprocessor_config.json",
         "cut": "can't be loaded",
