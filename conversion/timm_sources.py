@@ -84,8 +84,7 @@ def check_readout(model: nn.Module, source: str) -> None:
     Raises:
         ValueError: naming what the network does instead.
     """
-    kind = pooling_kind(model)
-    if kind in _READERS:
+    if (kind := pooling_kind(model)) in _READERS:
         raise ValueError(f"{source} has no global average pooling to replace: {_READERS[kind]}.")
     size = model.pretrained_cfg["input_size"]
     try:

@@ -107,8 +107,7 @@ def load_torchvision(name: str, checkpoint: str | Path | None = None, ema: bool 
     except ValueError as error:
         raise ValueError(f"torchvision:{name}: {error}") from None
     found, checkpoint = _download(name) if checkpoint is None else (read_checkpoint(checkpoint, ema), checkpoint)
-    said = found.arguments.get("model", name)
-    if said != name:
+    if (said := found.arguments.get("model", name)) != name:
         raise ValueError(f"{checkpoint} is of {said}, not of {name}: use --source torchvision:{said}.")
     from_scratch = "weights" in found.arguments and not found.arguments["weights"]
     config = network_config(name, transform_input=not from_scratch)

@@ -79,8 +79,7 @@ _READERS = {  # what classifiers do that neither average nor read a vector besid
 
 def _check_family(source: str, config: PreTrainedConfig) -> None:
     family = config.model_type
-    reason = _READERS.get(family)
-    if reason:
+    if reason := _READERS.get(family):
         raise ValueError(f"{source} ({family}) has no global average pooling of a feature map to replace: {reason}.")
     if family == "dinat":
         raise ValueError(f"{source} (dinat) does not run: transformers' DiNAT takes rows for heads, natten or not.")
