@@ -3,10 +3,8 @@
 import pytest
 import torch
 from castream.evaluation import EvaluationSettings, evaluate_saliency
-from castream.evaluation.precision import correlations
+from castream.evaluation.precision import correlations, faster_dtype
 
-from modeling_castream import precision_castream
-from modeling_castream.precision_castream import faster_dtype
 from tests.evaluation.small import small_examples, small_model, small_processor
 
 METRICS = ("average_drop", "insertion")
@@ -14,7 +12,7 @@ METRICS = ("average_drop", "insertion")
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch):
-    monkeypatch.setattr(precision_castream, "_faster", {})
+    monkeypatch.setattr(choice, "_faster", {})
 
 
 def clock(monkeypatch, half: float) -> list:
@@ -25,7 +23,7 @@ def clock(monkeypatch, half: float) -> list:
         passes.append(dtype)
         return half if dtype else 1.0
 
-    monkeypatch.setattr(precision_castream, "_seconds", seconds)
+    monkeypatch.setattr(choice, "_seconds", seconds)
     return passes
 
 
@@ -44,7 +42,7 @@ def test_bf16_is_taken_where_it_saves_a_tenth_and_timed_once(monkeypatch, half, 
 
 
 def test_passes_are_timed():
-    assert precision_castream._seconds(small_model(), torch.zeros(1, 3, 64, 64), torch.bfloat16) > 0
+    assert choice._seconds(small_model(), torch.zeros(1, 3, 64, 64), torch.bfloat16) > 0
 
 
 def test_auto_is_what_was_found_and_stays_with_the_run(monkeypatch, tmp_path):
@@ -56,7 +54,7 @@ def test_auto_is_what_was_found_and_stays_with_the_run(monkeypatch, tmp_path):
     assert "ran in bf16; correlation with float32 over the first 4 images: average_drop " in report.markdown()
     expected = evaluate(autocast="bf16").per_image
     assert report.per_image["average_drop"].tolist() == expected["average_drop"].tolist()
-    monkeypatch.setattr(precision_castream, "_faster", {torch.device("cpu"): None})
+    monkeypatch.setattr(choice, "_faster", {torch.device("cpu"): None})
     assert evaluate(tmp_path, autocast="auto").results["precision"] == precision
     slow = evaluate(autocast="auto")
     assert slow.results["precision"] == {"autocast": "off"} and "float32" not in slow.markdown()

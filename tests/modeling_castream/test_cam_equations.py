@@ -139,6 +139,8 @@ class ToyClassifier(nn.Module):
             unit_keys=False,
             preserve_norm=False,
             evidence_queries=None,
+            source_pooling="gap",
+            source_readout="average",
         )
         self.castream = nn.Module()
         self.castream.stream = CrossAttentionStream([2], num_queries=1, num_heads=1, output_projection=False)
