@@ -3,6 +3,7 @@
 import pytest
 import torch
 from castream.evaluation import EvaluationSettings, evaluate_saliency
+from castream.evaluation import precision as choice
 from castream.evaluation.precision import correlations, faster_dtype
 
 from tests.evaluation.small import small_examples, small_model, small_processor
