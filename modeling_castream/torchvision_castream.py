@@ -40,7 +40,7 @@ def _what_it_does(network: nn.Module, graph: fx.Graph) -> str:
 
 def _last_layer(network: nn.Module, graph: fx.Graph) -> str | None:
     """Name of the layer whose output is the network's, None where a function makes it."""
-    node = next(reversed(graph.nodes)).args[0]
+    node = list(graph.nodes)[-1].args[0]
     if node.op != "call_module":
         return None
     name = node.target
@@ -156,7 +156,7 @@ class TorchvisionNetwork(ClassifierNetwork, nn.Module):
             else:
                 depths[shapes[name][axes]] = name
         channels = {name: shapes[name][1 if self.output_fmt == "NCHW" else 3] for name in depths.values()}
-        last, node = list(channels)[-1], next(reversed(self.body.graph.nodes)).args[0]
+        last, node = list(channels)[-1], list(self.body.graph.nodes)[-1].args[0]
         if not (node.op == "call_module" and last.startswith(node.target)):
             del channels[last]
             last = NECK
