@@ -134,7 +134,7 @@ def test_a_complete_run_is_left_as_it_is(run, options):
     assert run(options) == []
     after = {name: os.stat(Path(options["output_dir"]) / name).st_mtime_ns for name in layout(options["output_dir"])}
     unchanged = {name for name in before if before[name] == after.get(name)}
-    assert set(before) - unchanged <= {"settings.yaml", ".lock"}
+    assert set(before) - unchanged <= {"settings.yaml"}
 
 
 def test_a_folder_that_a_node_does_not_see_is_refused(tmp_path):
