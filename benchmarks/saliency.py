@@ -1,6 +1,6 @@
 """Time and memory of explanations beside the peers', in one run, on the same model and images.
 
-    python -m benchmarks.saliency [--networks ResNet-50 EfficientNet-Lite0] [--rounds 7] [--threads 2]
+    python -m benchmarks.saliency [--networks ResNet-50 EfficientNet-Lite0] [--rounds 7] [--threads 2] [--device cuda]
 
 All contenders take their turn in every round, each round in another order; figures are medians over rounds, and ratios
 the medians of the rounds' own ratios, so that a busy machine disturbs all alike. Memory is the peak of a process of its
@@ -21,7 +21,7 @@ from castream.artifacts.process import keep_freed_memory
 from torch import nn
 
 from benchmarks.curves import curve_contenders
-from benchmarks.memory import forget_peak, peak, resident
+from benchmarks.memory import forget_peak, hardware, peak, resident, wait
 from benchmarks.networks import NETWORKS, images, masking_layer, pooled_layer
 from benchmarks.peers import Logits, captum, pytorch_grad_cam, torch_cam, trainable_copy
 from modeling_castream import explain
@@ -37,12 +37,12 @@ def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
         return model(pixel_values, pooling="ca").logits
 
 
-def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
+def grad_cam_contenders(network: str, batch_size: int, device: str) -> dict[str, Callable]:
     """Grad-CAM of a given class, under "ca", as each package does it; the first one is the plain forward pass.
 
     castream takes its turn a second time without being given the class, so that it has to predict it.
     """
-    model, pixel_values = NETWORKS[network](), images(batch_size)
+    model, pixel_values = NETWORKS[network]().to(device), images(batch_size).to(device)
     target = forward(model, pixel_values).argmax(-1)
     labels, frozen, layer = target.tolist(), Logits(model, "ca"), pooled_layer(model)
     trainable = trainable_copy(model)
@@ -62,9 +62,9 @@ def grad_cam_contenders(network: str, batch_size: int) -> dict[str, Callable]:
     }
 
 
-def score_cam_contenders(network: str) -> dict[str, Callable]:
+def score_cam_contenders(network: str, device: str) -> dict[str, Callable]:
     """Score-CAM of one image under both poolings; the peer knows no poolings, and runs twice."""
-    model, pixel_values = NETWORKS[network](), images(1)
+    model, pixel_values = NETWORKS[network]().to(device), images(1).to(device)
     target = forward(model, pixel_values).argmax(-1)
     name, layer = masking_layer(model)
 
@@ -82,19 +82,22 @@ def score_cam_contenders(network: str) -> dict[str, Callable]:
     }
 
 
-def insertion_deletion_contenders(network: str, batch_size: int) -> dict[str, Callable]:
+def insertion_deletion_contenders(network: str, batch_size: int, device: str) -> dict[str, Callable]:
     """Insertion and deletion for both poolings; the first one is the forward passes that they need."""
-    return curve_contenders(NETWORKS[network](), images(batch_size))
+    return curve_contenders(NETWORKS[network]().to(device), images(batch_size).to(device))
 
 
-def contenders_of(kind: str, network: str, batch_size: int) -> dict[str, Callable]:
+def contenders_of(kind: str, network: str, options: argparse.Namespace) -> dict[str, Callable]:
     """The contenders of a table, each a call without arguments; the others are compared with the first one."""
     if kind == "score_cam":
-        return score_cam_contenders(network)
-    return (grad_cam_contenders if kind == "grad_cam" else insertion_deletion_contenders)(network, batch_size)
+        return score_cam_contenders(network, options.device)
+    make = grad_cam_contenders if kind == "grad_cam" else insertion_deletion_contenders
+    return make(network, options.batch_size, options.device)
 
 
-def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> dict[str, list[tuple[float, float]]]:
+def take_turns(
+    contenders: dict[str, Callable], rounds: int, warm_up: int, device: str
+) -> dict[str, list[tuple[float, float]]]:
     """Seconds and processor seconds of every contender in every round after those of `warm_up`."""
     names, seconds = list(contenders), {name: [] for name in contenders}
     for index in range(warm_up + rounds):
@@ -102,24 +105,26 @@ def take_turns(contenders: dict[str, Callable], rounds: int, warm_up: int) -> di
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter(), time.process_time()
             contenders[name]()
+            wait(device)
             if index >= warm_up:
                 seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     return seconds
 
 
-def peak_of(kind: str, network: str, contender: str, batch_size: int) -> None:
-    """Run one contender once and print by how many MiB it raised the process's peak memory."""
-    contenders = contenders_of(kind, network, batch_size)
-    before = resident()
-    forget_peak()
+def peak_of(kind: str, network: str, contender: str, options: argparse.Namespace) -> None:
+    """Run one contender once and print by how many MiB it raised the peak memory."""
+    contenders = contenders_of(kind, network, options)
+    before = resident(options.device)
+    forget_peak(options.device)
     contenders[contender]()
-    print(round(peak() - before))
+    print(round(peak(options.device) - before))
 
 
 def measured_peak(kind: str, network: str, contender: str, options: argparse.Namespace) -> int:
     """`peak_of` in a fresh process: MiB."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.saliency", "--threads", str(options.threads)]
-    command += ["--batch-size", str(options.batch_size), "--peak-of", kind, network, contender]
+    command += ["--batch-size", str(options.batch_size), "--device", options.device]
+    command += ["--peak-of", kind, network, contender]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -138,9 +143,9 @@ def report(kind: str, network: str, seconds: dict[str, list[tuple]], options: ar
         print(f"| {name} | {median:.3f} | {wall:.3f} | {processor:.3f} | {peak} |", flush=True)
 
 
-def correlation(network: str) -> float:
+def correlation(network: str, device: str) -> float:
     """Of Score-CAM's maps in bfloat16 and float32, the lower one of both poolings."""
-    contenders = score_cam_contenders(network)
+    contenders = score_cam_contenders(network, device)
     exact, quick = contenders["castream"](), contenders["castream, bfloat16"]()
     pairs = [torch.stack([exact[pooling].flatten(), quick[pooling].flatten()]) for pooling in POOLINGS]
     return min(float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
@@ -155,24 +160,26 @@ def main() -> None:
     parser.add_argument("--curve-rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=4, help="images at a time; Score-CAM takes one")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--peak-of", nargs=3, metavar=("KIND", "NETWORK", "CONTENDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
-        peak_of(*options.peak_of, options.batch_size)
+        peak_of(*options.peak_of, options)
         return
-    print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    print(f"{hardware(options.device, options.threads)}, load {os.getloadavg()[0]:.1f} at the start")
     rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
     for kind in sorted(options.methods, key=KINDS.index):
         if kind == "curves":  # as the evaluation's command does, and for the rest of this process
             keep_freed_memory()
         for network in options.networks:
-            contenders = contenders_of(kind, network, options.batch_size)
+            contenders = contenders_of(kind, network, options)
             warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
-            report(kind, network, take_turns(contenders, rounds[kind], warm_up), options)
+            report(kind, network, take_turns(contenders, rounds[kind], warm_up, options.device), options)
             if kind == "score_cam":
-                print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {correlation(network):.5f}")
+                alike = correlation(network, options.device)
+                print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {alike:.5f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """How near training comes to the frozen network's own speed, in one run.
 
-    python -m benchmarks.training [--networks MobileNetV3-Small ResNet-50] [--precision bf16] [--threads 1]
+    python -m benchmarks.training [--networks MobileNetV3-Small ResNet-50] [--threads 1] [--device cuda]
 
 Images a second of
   a  the plain frozen forward pass on data in memory,
@@ -35,6 +35,7 @@ from castream.data.loader import ReaderSettings, StreamLoader
 from castream.data.opening import open_split
 from castream.data.sharding import ShardPlan
 from castream.data.transforms import ImageTransform
+from castream.training.loop import to_device
 from castream.training.model import unfreeze
 from castream.training.objective import Objective
 from castream.training.run import make_optimizer
@@ -45,11 +46,12 @@ from torchvision import transforms
 from transformers import BitImageProcessor, TimmBackboneConfig
 
 from benchmarks import networks
-from benchmarks.memory import forget_peak, peak, resident
+from benchmarks.memory import forget_peak, hardware, peak, resident, wait
 from benchmarks.networks import SAMPLE
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+DISTINCT = 800  # JPEGs that are encoded
 FEATURES = Features({"image": Image(), "label": ClassLabel(num_classes=1000)})
 NAMES = {
     "a": "frozen forward pass, in memory",
@@ -74,12 +76,15 @@ NETWORKS = {"MobileNetV3-Small": mobilenet, **networks.NETWORKS}
 PROCESSOR = BitImageProcessor(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, resample=2)
 
 
-def write_jpegs(folder: Path, count: int, shards: int = 4) -> None:
-    """Parquet shards of JPEGs of ImageNet's usual size, 500 x 375: photos if there are any, else smooth noise."""
+def write_jpegs(folder: Path, count: int, shards: int) -> None:
+    """Parquet shards of JPEGs of ImageNet's usual size, 500 x 375: photos if there are any, else smooth noise.
+
+    Of a large number every few hundredth is the same.
+    """
     photos = sorted(Path(SAMPLE).rglob("*.jpg"))
     rng = np.random.default_rng(0)
-    rows = []
-    for index in range(count):
+    encoded = []
+    for index in range(min(count, DISTINCT)):
         if photos:
             picture = PILImage.open(photos[index % len(photos)]).convert("RGB").resize((500, 375), PILImage.BICUBIC)
         else:
@@ -88,28 +93,30 @@ def write_jpegs(folder: Path, count: int, shards: int = 4) -> None:
             picture = PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8))
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=92)
-        rows.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": index % 1000})
-    print(f"JPEGs of {sum(len(row['image']['bytes']) for row in rows) / count / 1000:.0f} kB on average")
+        encoded.append(buffer.getvalue())
+    print(f"JPEGs of {sum(map(len, encoded)) / len(encoded) / 1000:.0f} kB on average")
     for shard in range(shards):
-        table = pa.Table.from_pylist(rows[shard::shards], schema=FEATURES.arrow_schema)
+        numbers = range(shard, count, shards)
+        rows = [{"image": {"bytes": encoded[n % len(encoded)], "path": None}, "label": n % 1000} for n in numbers]
+        table = pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema)
         pq.write_table(table, folder / f"train-{shard:05d}.parquet", row_group_size=64)
 
 
 class Step:
     """A network, its objective and its optimiser."""
 
-    def __init__(self, network: str, precision: str, batch_size: int):
-        self.model = NETWORKS[network]()
+    def __init__(self, network: str, precision: str, batch_size: int, device: str):
+        self.device, self.model = device, NETWORKS[network]().to(device)
         self.model.config.freeze_classifier = True
         unfreeze(self.model, train_stream=True, train_evidence=False, freeze_output_projection=False)
         self.model.castream.backbone.to(memory_format=torch.channels_last)
-        self.objective = Objective(self.model, MEAN, STD)
+        self.objective = Objective(self.model, MEAN, STD).to(device)
         self.optimizer = make_optimizer(self.model, "adamw", 1e-4, 1e-2)
-        self.autocast = lambda: torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
+        self.autocast = lambda: torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch_size, 3, 224, 224), dtype=torch.uint8, generator=generator)
-        self.images = images.contiguous(memory_format=torch.channels_last)  # as the workers deliver them
-        self.labels = torch.randint(0, 1000, (batch_size,), generator=generator)
+        self.images = images.contiguous(memory_format=torch.channels_last).to(device)  # as the workers deliver them
+        self.labels = torch.randint(0, 1000, (batch_size,), generator=generator).to(device)
         self.pixel_values = self.objective.normalize(self.images)
 
     def forward(self) -> int:
@@ -118,7 +125,7 @@ class Step:
         return len(self.pixel_values)
 
     def train(self, batch: dict | None = None) -> int:
-        batch = batch or {"images": self.images, "labels": self.labels}
+        batch = to_device(batch, self.device) if batch else {"images": self.images, "labels": self.labels}
         with self.autocast():
             loss = self.objective(batch)["loss"] / len(batch["labels"])
         loss.backward()
@@ -130,7 +137,7 @@ class Step:
     def train_normalized(self, batch: dict) -> int:
         """A step on pixels that the loading path has normalised."""
         with self.autocast():
-            features = {"view": self.model.castream.extract_features(batch["pixel_values"])}
+            features = {"view": self.model.castream.extract_features(batch["pixel_values"].to(self.device))}
         return self.train({"features": features, "labels": batch["labels"]})
 
 
@@ -186,7 +193,7 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
 
     Only one contender's workers may be busy at a time: each starts its own, works, and is stopped.
     """
-    step = Step(network, options.precision, options.batch_size)
+    step = Step(network, options.precision, options.batch_size, options.device)
     found = {name: [] for name in NAMES}
     for index in range(options.rounds):
         shift = index % len(NAMES)
@@ -194,9 +201,11 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
             run = contenders(step, folder, options.batch_size, options.workers)[name]
             for _ in range(options.warm_up):  # a loader's queue is full before and after, so what is timed is steady
                 run()
+            wait(options.device)
             start, images = (time.perf_counter(), time.process_time()), 0
             for _ in range(options.batches):
                 images += run()
+            wait(options.device)
             found[name].append((images / (time.perf_counter() - start[0]), images / (time.process_time() - start[1])))
             del run
     return found
@@ -207,17 +216,17 @@ def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
 
     A first, small step is there for the libraries' own memory, and the forward pass has no optimiser.
     """
-    warm = Step("MobileNetV3-Small", options.precision, 2)
+    warm = Step("MobileNetV3-Small", options.precision, 2, options.device)
     warm.train()
     del warm
     gc.collect()
-    before = resident()
-    step = Step(network, options.precision, options.batch_size)
+    before = resident(options.device)
+    step = Step(network, options.precision, options.batch_size, options.device)
     step.__dict__.pop("images" if name == "a" else "pixel_values")  # the other one's batch
-    forget_peak()
+    forget_peak(options.device)
     for _ in range(2):
         step.forward() if name == "a" else step.train()
-    print(round(peak() - before))
+    print(round(peak(options.device) - before))
 
 
 def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:
@@ -226,7 +235,8 @@ def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:
     By itself glibc keeps some of them, by an adaptive rule that makes peaks differ by a third from run to run.
     """
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--threads", str(options.threads)]
-    command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--peak-of", name, network]
+    command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--device", options.device]
+    command += ["--peak-of", name, network]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(found.stdout.split()[-1])
@@ -267,15 +277,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=800, help="JPEGs in the shards")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--peak-of", nargs=2, metavar=("CONTENDER", "NETWORK"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
         peak_of(*options.peak_of, options)
         return
-    print(f"torch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f} at the start")
+    print(f"{hardware(options.device, options.threads)}, load {os.getloadavg()[0]:.1f} at the start")
     with tempfile.TemporaryDirectory() as scratch:
-        write_jpegs(Path(scratch), options.images)
+        write_jpegs(Path(scratch), options.images, shards=max(4, options.workers))
         for network in options.networks:
             report(network, speeds(network, Path(scratch), options), options)
 
