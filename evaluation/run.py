@@ -44,7 +44,7 @@ def evaluate_saliency(
     dataset_name: str | None = None,
     command: str | None = None,
 ) -> Report:
-    """Evaluate a model's saliency maps. The model's mode and gradients are left as they were.
+    """Evaluate a model's saliency maps. The model's mode, gradients and device are left as they were.
 
     Args:
         model: a CAStreamForImageClassification.
@@ -68,7 +68,7 @@ def evaluate_saliency(
     """
     settings = settings or EvaluationSettings()
     accelerator = accelerator or Accelerator()
-    model = accelerator.unwrap_model(model).to(accelerator.device)
+    model = accelerator.unwrap_model(model)
     if model.config.problem_type == "regression":
         raise ValueError("the model is a regression (problem_type): it has no class whose probability could change.")
     examples = read_examples(examples, dataset_name, model.config.id2label)
@@ -76,9 +76,21 @@ def evaluate_saliency(
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
     preprocessor = Preprocessor(image_processor, num_input_channels(model.config))
     run = _Run(model, preprocessor, examples, settings, accelerator, store)
-    report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
+    with _on(accelerator.device, model):
+        report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
     run.write(report)
     return report
+
+
+@contextmanager
+def _on(device: torch.device, model: torch.nn.Module) -> Iterator[None]:
+    """A model on a device; afterwards it is again where it was."""
+    before = model.device
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(before)
 
 
 def _check_columns(examples: Examples, settings: EvaluationSettings) -> None:

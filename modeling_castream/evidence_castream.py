@@ -127,7 +127,7 @@ class EvidenceBlock(nn.Module):
         scores = scores + self.scalar("smoothing") * F.avg_pool2d(scores, 3, 1, 1, count_include_pad=False)
         if self.has_finer_map:
             finer = feature_maps[0].to(dtype)
-            scores = F.interpolate(scores, finer.shape[2:], mode="bilinear", align_corners=False)
+            scores = _bilinear(scores, finer.shape[2:])
             query = unit(self.finer_query.to(dtype), dim=0).expand(finer.shape[0], -1)
             scores = scores + self.scalar("finer_sharpness") * _similarity(query, unit(finer))
         return scores.squeeze(1)
@@ -149,3 +149,21 @@ def _similarity(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 __all__ = ["EvidenceBlock", "unit"]
+
+
+def _bilinear(scores: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(batch, 1, *size), as torch's interpolation with align_corners=False.
+
+    By products and sums, since the backward pass of torch's own adds in no fixed order on a GPU: a resumed training
+    would not be the uninterrupted one.
+    """
+    rows, columns = (_shares(*pair, scores) for pair in zip(size, scores.shape[2:], strict=True))
+    scores = (rows[:, :, None] * scores[:, :, None]).sum(3)
+    return (columns * scores[..., None, :]).sum(-1)
+
+
+def _shares(wanted: int, given: int, like: torch.Tensor) -> torch.Tensor:
+    """(wanted, given): how much each position takes from each of the given ones; rows sum to 1."""
+    places, given_places = (torch.arange(count, device=like.device, dtype=like.dtype) for count in (wanted, given))
+    places = ((places + 0.5) * given / wanted - 0.5).clamp(0, given - 1)
+    return (1 - (places[:, None] - given_places).abs()).clamp_min(0)

@@ -87,7 +87,7 @@ def _dtype(backbone: nn.Module) -> torch.dtype:
 def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
     """A copy of a network in eval mode whose batch norms are folded into the convolutions that they follow.
 
-    What comes out is compared with the original's.
+    What comes out is compared with the original's, on the CPU: a GPU may round to TF32 on the way.
 
     Args:
         pixel_values: an input of the network, (batch_size, num_channels, height, width).
@@ -98,7 +98,8 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
     """
     if not any(_is_scale_and_shift(module) for module in backbone.modules()):
         return None
-    twin = copy.deepcopy(backbone).eval().requires_grad_(False)
+    device, pixel_values = pixel_values.device, pixel_values.cpu()
+    twin = copy.deepcopy(backbone).cpu().eval().requires_grad_(False)
     with torch.no_grad():
         pairs, expected = find_followers(twin, pixel_values, _is_scale_and_shift)
         if not pairs:
@@ -107,7 +108,7 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
             weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
             convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *weights)
             setattr(parent, name, _after_scale_and_shift(norm))
-    return twin if _agree(twin, pixel_values, expected) else None
+    return twin.to(device) if _agree(twin, pixel_values, expected) else None
 
 
 @torch.no_grad()

@@ -386,6 +386,6 @@ def test_evidence_is_the_forward_passs_for_the_prediction_and_a_classs_for_a_lab
         pixel_values = small_processor()(example["image"], return_tensors="pt").pixel_values
         target = [example["label"]] if given else None
         expected = explain(model, pixel_values, target, "evidence", "gap", upsample=False)[0]
-        np.testing.assert_allclose(report.examples[index]["evidence|gap"], expected, atol=1e-5)
+        np.testing.assert_allclose(report.examples[index]["evidence|gap"], expected.cpu(), atol=1e-5)
         other = explain(model, pixel_values, None if given else 0, "evidence", "gap", upsample=False)[0]
-        assert not np.allclose(report.examples[index]["evidence|gap"], other, atol=1e-3)
+        assert not np.allclose(report.examples[index]["evidence|gap"], other.cpu(), atol=1e-3)

@@ -58,14 +58,14 @@ def test_saliency_is_explain_s_put_back(pipe):
     for method, pooling in (("grad_cam", "ca"), ("attention_cam", "gap"), ("raw_attention", "ca")):
         [answer] = pipe(PHOTO, method=method, pooling=pooling, target=3)
         maps = explain(pipe.model, pixel_values, target=3, method=method, pooling=pooling)
-        expected = to_original(maps, pipe.visible_box(PHOTO.size), *PHOTO.size)[0].numpy()
+        expected = to_original(maps, pipe.visible_box(PHOTO.size), *PHOTO.size)[0].cpu().numpy()
         assert answer["saliency"].dtype == np.float32 and np.array_equal(answer["saliency"], expected)
         assert answer["saliency"].min() >= 0 and answer["saliency"].max() <= 1
         assert (answer["label"], answer["method"], answer["pooling"]) == ("LABEL_3", method, pooling)
 
 
 def test_scores_and_order_are_the_classifier_s(pipe):
-    pixel_values = pipe.image_processor(images=PHOTO, return_tensors="pt")["pixel_values"]
+    pixel_values = pipe.image_processor(images=PHOTO, return_tensors="pt")["pixel_values"].to(pipe.device)
     with torch.no_grad():
         probabilities = pipe.model(pixel_values, pooling="gap").logits.softmax(-1)[0]
     answers = pipe(PHOTO, pooling="gap")
@@ -138,7 +138,7 @@ def test_several_methods_poolings_and_layers_at_once(pipe):
 
 def test_a_multi_label_model_s_scores_are_sigmoids():
     pipe = tiny_model(problem_type="multi_label_classification").explainer(PROCESSORS["crop"]())
-    pixel_values = pipe.image_processor(images=PHOTO, return_tensors="pt")["pixel_values"]
+    pixel_values = pipe.image_processor(images=PHOTO, return_tensors="pt")["pixel_values"].to(pipe.device)
     with torch.no_grad():
         expected = pipe.model(pixel_values).logits.sigmoid().max().item()
     assert pipe(PHOTO)[0]["score"] == pytest.approx(expected)

@@ -110,7 +110,7 @@ def test_a_classifier_is_fitted_before_masks_are_shown_to_it(run, options, monke
     build, fitted = FeatureCache.build, []
 
     def look(cache, accelerator, objective, *others):
-        fitted.append(objective.model.classifier.weight.detach().clone())
+        fitted.append(objective.model.classifier.weight.detach().cpu().clone())
         build(cache, accelerator, objective, *others)
 
     monkeypatch.setattr(FeatureCache, "build", look)
