@@ -41,17 +41,18 @@ NETWORKS = {"ResNet-50": resnet50, "EfficientNet-Lite0": efficientnet_lite0}
 
 def pooled_layer(model: CAStreamForImageClassification) -> nn.Module:
     """The module whose output is pooled, as the peers need it."""
-    return model.castream.neck if model.config.neck_layers else model.castream.backbone.encoder.stages[-1]
+    backbone = model.castream.backbone
+    return backbone.timm_model.bn2 if hasattr(backbone, "timm_model") else backbone.encoder.stages[-1]
 
 
 def masking_layer(model: CAStreamForImageClassification) -> tuple[str, nn.Module]:
     """The layer whose channels Score-CAM takes for masks: name and module.
 
-    The neck's, or stage 1's, of which ResNet-50 has 256: its last 2048 cost as much each, and keep a peer busy for
+    The pooled one, or stage 1's, of which ResNet-50 has 256: its last 2048 cost as much each, and keep a peer busy for
     minutes an image.
     """
-    if model.config.neck_layers:
-        return "neck", model.castream.neck
+    if hasattr(model.castream.backbone, "timm_model"):
+        return "neck", pooled_layer(model)
     return "stage1", model.castream.backbone.encoder.stages[0]
 
 

@@ -111,25 +111,27 @@ def take_turns(
     return seconds
 
 
-def peak_of(kind: str, network: str, contender: str, options: argparse.Namespace) -> None:
-    """Run one contender once and print by how many MiB it raised the peak memory."""
-    contenders = contenders_of(kind, network, options)
-    before = resident(options.device)
-    forget_peak(options.device)
-    contenders[contender]()
-    print(round(peak(options.device) - before))
+def peak_of(run: Callable, device: str) -> int:
+    """By how many MiB a contender raises the peak memory."""
+    before = resident(device)
+    forget_peak(device)
+    run()
+    return round(peak(device) - before)
 
 
-def measured_peak(kind: str, network: str, contender: str, options: argparse.Namespace) -> int:
-    """`peak_of` in a fresh process: MiB."""
+def measured_peak(kind: str, network: str, contender: str, run: Callable, options: argparse.Namespace) -> int:
+    """`peak_of`; on a CPU in a fresh process, whose memory no other contender has raised."""
+    if options.device == "cuda":
+        return peak_of(run, options.device)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.saliency", "--threads", str(options.threads)]
-    command += ["--batch-size", str(options.batch_size), "--device", options.device]
-    command += ["--peak-of", kind, network, contender]
+    command += ["--batch-size", str(options.batch_size), "--peak-of", kind, network, contender]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def report(kind: str, network: str, seconds: dict[str, list[tuple]], options: argparse.Namespace) -> None:
-    """Print one table; the first contender is what the others are compared with."""
+def report(kind: str, network: str, contenders: dict[str, Callable], rounds: int, options: argparse.Namespace) -> None:
+    """Let the contenders take turns and print the table; the first one is what the others are compared with."""
+    warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
+    seconds = take_turns(contenders, rounds, warm_up, options.device)
     base, *_ = seconds
     heads = ("", "seconds", f"relative to {base}", "processor seconds, relative", "peak memory, MiB")
     print(f"\n{kind}, {network}\n\n| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
@@ -138,7 +140,7 @@ def report(kind: str, network: str, seconds: dict[str, list[tuple]], options: ar
             statistics.median(one[clock] / other[clock] for one, other in zip(values, seconds[base], strict=True))
             for clock in (0, 1)
         )
-        peak = "" if options.no_memory else measured_peak(kind, network, name, options)
+        peak = "" if options.no_memory else measured_peak(kind, network, name, contenders[name], options)
         median = statistics.median(value[0] for value in values)
         print(f"| {name} | {median:.3f} | {wall:.3f} | {processor:.3f} | {peak} |", flush=True)
 
@@ -166,7 +168,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
-        peak_of(*options.peak_of, options)
+        kind, network, contender = options.peak_of
+        print(peak_of(contenders_of(kind, network, options)[contender], options.device))
         return
     print(f"{hardware(options.device, options.threads)}, load {os.getloadavg()[0]:.1f} at the start")
     rounds = {"grad_cam": options.rounds, "score_cam": options.score_cam_rounds, "curves": options.curve_rounds}
@@ -174,9 +177,7 @@ def main() -> None:
         if kind == "curves":  # as the evaluation's command does, and for the rest of this process
             keep_freed_memory()
         for network in options.networks:
-            contenders = contenders_of(kind, network, options)
-            warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
-            report(kind, network, take_turns(contenders, rounds[kind], warm_up, options.device), options)
+            report(kind, network, contenders_of(kind, network, options), rounds[kind], options)
             if kind == "score_cam":
                 alike = correlation(network, options.device)
                 print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {alike:.5f}")

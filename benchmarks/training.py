@@ -211,8 +211,8 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
     return found
 
 
-def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
-    """Run `a` or `b` twice and print by how many MiB the network, the batch and that raised the peak memory.
+def peak_of(name: str, network: str, options: argparse.Namespace) -> int:
+    """Run `a` or `b` twice; by how many MiB the network, the batch and that raised the peak memory.
 
     A first, small step is there for the libraries' own memory, and the forward pass has no optimiser.
     """
@@ -226,17 +226,19 @@ def peak_of(name: str, network: str, options: argparse.Namespace) -> None:
     forget_peak(options.device)
     for _ in range(2):
         step.forward() if name == "a" else step.train()
-    print(round(peak(options.device) - before))
+    return round(peak(options.device) - before)
 
 
 def measured_peak(name: str, network: str, options: argparse.Namespace) -> int:
     """`peak_of` in a fresh process that gives large blocks back as they are freed, MiB.
 
-    By itself glibc keeps some of them, by an adaptive rule that makes peaks differ by a third from run to run.
+    By itself glibc keeps some of them, by an adaptive rule that makes peaks differ by a third from run to run. A GPU's
+    memory needs no such care.
     """
+    if options.device == "cuda":
+        return peak_of(name, network, options)
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training", "--threads", str(options.threads)]
-    command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--device", options.device]
-    command += ["--peak-of", name, network]
+    command += ["--batch-size", str(options.batch_size), "--precision", options.precision, "--peak-of", name, network]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}
     found = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return int(found.stdout.split()[-1])
@@ -282,7 +284,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.peak_of:
-        peak_of(*options.peak_of, options)
+        print(peak_of(*options.peak_of, options))
         return
     print(f"{hardware(options.device, options.threads)}, load {os.getloadavg()[0]:.1f} at the start")
     with tempfile.TemporaryDirectory() as scratch:

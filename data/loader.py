@@ -304,5 +304,6 @@ class StreamLoader:
             num_workers=self.num_workers,
             prefetch_factor=prefetch,
             worker_init_fn=ignore_interruptions,
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),  # so that a copy to the GPU need not wait
             generator=torch.Generator(),  # else the loader draws from the training process's own
         )
