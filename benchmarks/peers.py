@@ -85,5 +85,7 @@ def captum(
     """(batch_size, height_l, width_l), signed."""
     from captum import attr
 
-    maps = getattr(attr, method)(network, layer).attribute(pixel_values, torch.tensor(target), **options)
+    maps = getattr(attr, method)(network, layer).attribute(
+        pixel_values, torch.tensor(target).to(pixel_values.device), **options
+    )
     return maps.sum(1).detach()

@@ -130,7 +130,7 @@ def measured_peak(kind: str, network: str, contender: str, run: Callable, option
 
 def report(kind: str, network: str, contenders: dict[str, Callable], rounds: int, options: argparse.Namespace) -> None:
     """Let the contenders take turns and print the table; the first one is what the others are compared with."""
-    warm_up = 0 if kind == "score_cam" else 1  # that one takes hundreds of passes
+    warm_up = 0 if kind == "score_cam" and options.device == "cpu" else 1  # there it takes minutes
     seconds = take_turns(contenders, rounds, warm_up, options.device)
     base, *_ = seconds
     heads = ("", "seconds", f"relative to {base}", "processor seconds, relative", "peak memory, MiB")

@@ -194,10 +194,10 @@ def speeds(network: str, folder: Path, options: argparse.Namespace) -> dict[str,
     Only one contender's workers may be busy at a time: each starts its own, works, and is stopped.
     """
     step = Step(network, options.precision, options.batch_size, options.device)
-    found = {name: [] for name in NAMES}
+    found = {name: [] for name in options.contenders}
     for index in range(options.rounds):
-        shift = index % len(NAMES)
-        for name in [*NAMES][shift:] + [*NAMES][:shift]:
+        shift = index % len(found)
+        for name in [*found][shift:] + [*found][:shift]:
             run = contenders(step, folder, options.batch_size, options.workers)[name]
             for _ in range(options.warm_up):  # a loader's queue is full before and after, so what is timed is steady
                 run()
@@ -260,17 +260,19 @@ def report(network: str, found: dict[str, list[tuple[float, float]]], options: a
         print(
             f"| {name}: {NAMES[name]} | {speed:.1f} | {ratio(name, 'a', 0):.2f} | {relative} | {peaks.get(name, '')} |"
         )
-    pairs = (("b", "a"), ("c", "b"), ("c", "d"), ("c", "e"))
+    pairs = [pair for pair in (("b", "a"), ("c", "b"), ("c", "d"), ("c", "e")) if set(pair) <= set(found)]
     for clock, words in enumerate(("by the clock", "by the training process's processor time")):
         print(f"\n{words}: " + ", ".join(f"{one}/{other} {ratio(one, other, clock):.2f}" for one, other in pairs))
-    together = [1 / (1 / b[0] + 1 / d[0]) for b, d in zip(found["b"], found["decode"], strict=True)]
-    print(f"decoding and training in turns on the same core: {statistics.median(together):.1f} images/s")
+    if {"b", "decode"} <= set(found):
+        together = [1 / (1 / b[0] + 1 / d[0]) for b, d in zip(found["b"], found["decode"], strict=True)]
+        print(f"decoding and training in turns on the same core: {statistics.median(together):.1f} images/s")
     print(f"peak memory b/a {peaks['b'] / peaks['a']:.2f}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--contenders", nargs="+", choices=list(NAMES), default=list(NAMES), help="a must be one")
     parser.add_argument("--precision", choices=("no", "bf16"), default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", type=int, default=6, help="timed per round and contender")

@@ -37,11 +37,14 @@ def explain(
         ),
     ] = DEFAULT_MODEL,
     method: Annotated[
-        list[str] | None, typer.Option(metavar="METHOD", help="Saliency method; default: grad_cam. May repeat.")
+        list[str] | None,
+        typer.Option("--method", metavar="METHOD", help="Saliency method; default: grad_cam. May repeat."),
     ] = None,
     pooling: Annotated[
         list[str] | None,
-        typer.Option(metavar="POOLING", help="ca, or source: the source's own (gap, if an average). May repeat."),
+        typer.Option(
+            "--pooling", metavar="POOLING", help="ca, or source: the source's own (gap, if an average). May repeat."
+        ),
     ] = None,
     target: Annotated[
         list[str] | None, typer.Option(metavar="CLASS", help="Class to explain, label or id. May repeat.")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from castream.data.masks import BACKGROUNDS, KINDS, draw_backgrounds, draw_masks, make_backgrounds, show_masked
 from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation.settings import CONTROLS
 
@@ -68,6 +69,26 @@ def test_the_forward_pass_agrees(exact):
         expected, found = model(images), on_gpu(images.cuda())
     torch.testing.assert_close(found.logits.cpu(), expected.logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(found.evidence_map.cpu(), expected.evidence_map, rtol=1e-3, atol=1e-5)
+
+
+def test_masked_views_are_the_cpus():
+    draw = torch.Generator().manual_seed(0)
+    pixels, saliency = torch.rand(5, 3, 64, 64, generator=draw), torch.rand(5, 4, 4, generator=draw)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    seeds = torch.arange(5)
+
+    def views(device: str) -> torch.Tensor:
+        values = ((pixels - mean) / std).to(device)
+        masks = draw_masks(seeds, saliency.to(device), KINDS, (64, 64))
+        backgrounds = make_backgrounds(values, BACKGROUNDS, mean.to(device), std.to(device))
+        chosen = draw_backgrounds(seeds, len(KINDS), BACKGROUNDS)
+        shown = [show_masked(values, masks[:, number], backgrounds, chosen[:, number]) for number in range(len(KINDS))]
+        return torch.stack(shown).cpu()
+
+    expected = views("cpu")
+    assert ((views("cuda") - expected).abs() < 1e-4).float().mean() > 0.999  # the edge of a blob may be a pixel further
+    with torch.autocast("cuda", torch.bfloat16):
+        assert views("cuda").isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

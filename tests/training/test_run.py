@@ -328,10 +328,12 @@ def test_files_have_the_mode_that_the_user_gives_files(run, options):
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_bf16_with_cached_features(run, options, cached, tmp_path):
+@pytest.mark.parametrize("objective", ["masked_distill", "mass_fidelity"])
+def test_bf16_with_cached_features(run, options, objective, cached, tmp_path):
     write_shards(tmp_path / "data", "train", [12, 12], classes=["red", "green", "blue", "grey"])
     options = options | {"dataset_name": str(tmp_path / "data"), "views": 1, "mixed_precision": "bf16", "epochs": 1}
-    assert run(options | {"cache_features": cached, "objective": "masked_distill"})
+    evidence = {"evidence_queries": ["memory", "constant"]} if objective == "mass_fidelity" else {}
+    assert run(options | evidence | {"cache_features": cached, "objective": objective})
 
 
 def test_a_failed_push_says_where_the_model_is(run, options, monkeypatch):
