@@ -97,7 +97,7 @@ def read_items(scorer: Scorer, block: Block) -> Items:
     settings, device = scorer.settings, scorer.model.device
     pixel_values = block.pixel_values.to(device)
     features = scorer.features(pixel_values)
-    predicted = scorer.predicted(scorer.probabilities(features)[settings.poolings[0]]).tolist()
+    predicted = scorer.explained(scorer.probabilities(features)[settings.poolings[0]]).tolist()
     answers = [
         labels if labels and settings.target == "label" else [predicted[place]]
         for place, labels in enumerate(block.labels)
@@ -141,7 +141,7 @@ def _explain(scorer: Scorer, features: Features, target: torch.Tensor, method: s
     """
     settings = scorer.settings
     options = {"image_mean": scorer.mean, "image_std": scorer.std, "chunk_size": settings.batch_size}
-    given = target if settings.target == "label" or METHODS[method].needs_target else None
+    given = target if settings.target != "predicted" or METHODS[method].needs_target else None
     return explain_features(features, given, method, list(settings.poolings), **options)
 
 

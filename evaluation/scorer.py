@@ -48,6 +48,10 @@ class Scorer:
         self._check_poolings()
         self.scorings = list(dict.fromkeys(row.scoring for row in table_rows(settings)))
         self.single_logit = model.config.num_labels == 1
+        if self.single_logit and settings.target == "second":
+            raise ValueError(
+                "target='second' needs a second class, and this model has a single logit: use 'predicted'."
+            )
         self.independent = self.single_logit or model.config.problem_type == "multi_label_classification"
 
     def _check_poolings(self) -> None:
@@ -116,6 +120,12 @@ class Scorer:
     def predicted(self, probabilities: torch.Tensor) -> torch.Tensor:
         """The class, (batch_size,), that probabilities (batch_size, num_labels) say."""
         return (probabilities[:, 0] > 0.5).long() if self.single_logit else probabilities.argmax(1)
+
+    def explained(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """The class, (batch_size,), that is explained where no label is: the predicted one, or the second."""
+        if self.settings.target == "second":
+            return probabilities.topk(2, dim=1).indices[:, 1]
+        return self.predicted(probabilities)
 
     def score(self, pixel_values: torch.Tensor, target: torch.Tensor, masks: torch.Tensor | None = None) -> Scores:
         """Score images (batch_size, num_channels, height, width), `batch_size` of the settings at a time; `masks` as of

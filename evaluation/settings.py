@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields
 POOLINGS = ("gap", "ca", "source")
 STABLE_CHANGES = ("hiding_blur", "blurred_deletion", "random_ties")
 PROTOCOLS = ("reference", "stable", *STABLE_CHANGES)
-TARGETS = ("label", "predicted")
+TARGETS = ("label", "predicted", "second")
 AUTOCASTS = ("off", "auto", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
 CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "bound", "map_only", "area", "randomization")
@@ -32,7 +32,8 @@ class EvaluationSettings:
             The name of one of stable's changes (STABLE_CHANGES) is the reference with that change alone.
         target: explain the `"label"` or the `"predicted"` class; under both poolings it is the class that the first
             of `poolings` predicts, and methods that need no class, such as evidence, are not given one. Examples
-            without a label are explained for the predicted class.
+            without a label are explained for the predicted class. `"second"`: the class that is predicted if the
+            likeliest one is left out, which tells whether a map is the class's own.
         batch_size: images per forward pass.
         controls: names from CONTROLS.
         max_images: stop after this many examples; None for all.

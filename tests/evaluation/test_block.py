@@ -374,6 +374,24 @@ def test_settings_are_checked(settings, message):
         EvaluationSettings(**settings)
 
 
+def test_the_second_class_is_explained_by_its_own_map():
+    model, examples = small_model(evidence_queries=["memory"]), small_examples(3)
+    settings = EvaluationSettings(
+        methods=("evidence", "grad_cam"), poolings=("gap",), metrics=("average_drop",), target="second", num_examples=3
+    )
+    report = evaluate_saliency(model, small_processor(), examples, settings)
+    for index, example in enumerate(examples):
+        pixel_values = small_processor()(example["image"], return_tensors="pt").pixel_values
+        with torch.no_grad():
+            second = model(pixel_values, pooling="gap").logits.sort(descending=True).indices[0, 1].item()
+        assert report.per_image.query("index == @index")["target"].unique().tolist() == [second]
+        for method in settings.methods:
+            expected = explain(model, pixel_values, [second], method, "gap", upsample=False)[0]
+            np.testing.assert_allclose(report.examples[index][f"{method}|gap"], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="target='second' needs a second class"):
+        evaluate_saliency(small_model(num_labels=1), small_processor(), examples, settings)
+
+
 @pytest.mark.parametrize(("kind", "given"), [("predicted", False), ("label", True)])
 def test_evidence_is_the_forward_passs_for_the_prediction_and_a_classs_for_a_label(kind, given):
     """The map that the model returns is what an evaluation of its predictions measures."""
