@@ -105,6 +105,7 @@ class Explainer:
         self.colors = pipe.color_map()
         own = getattr(pipe.model.config, "source_pooling", "gap")  # a published model's code may be an earlier one
         self.poolings, averages = [own, "ca"], own == "gap"
+        self.own_readout = "global average pooling (GAP)" if averages else "its own readout (the source)"
         self.shown_methods = [name for name in SHOWN_METHODS if averages or not pipe.methods[name].needs_positions]
         self.depths = list(pipe.model.config.stream_layers)
         agnostic = pipe.model.config.query == "class_agnostic"

@@ -19,7 +19,7 @@ _SET_OPACITY = "value => document.querySelector('#explanation')?.style.setProper
 _SET_DEPTH = """value => document.querySelectorAll('#explanation [data-depth]').forEach(
     figure => { figure.hidden = figure.dataset.depth != value; })"""
 INTRODUCTION = """# What does this classifier look at?
-Give it a photo, pick a class, and compare what speaks for it under global average pooling (GAP) and under the attention
+Give it a photo, pick a class, and compare what speaks for it under {own} and under the attention
 of [CA-Stream](https://arxiv.org/abs/2404.14996) (CA): the same network, pooled in two ways."""
 EMPTY = '<p class="empty">The maps will appear here.</p>'
 
@@ -33,7 +33,7 @@ def build_page(explainer: Explainer, title: str) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(FILES_LIVE_SECONDS, FILES_LIVE_SECONDS)) as page:
         photo_state = gr.State(None, time_to_live=FILES_LIVE_SECONDS)
         explanation_state = gr.State(None, time_to_live=FILES_LIVE_SECONDS)
-        gr.Markdown(f"{INTRODUCTION} Model: {title}.")
+        gr.Markdown(f"{INTRODUCTION.format(own=explainer.own_readout)} Model: {title}.")
         with gr.Row():
             upload = gr.Image(
                 type="filepath", label="Photo", height=300, sources=["upload", "webcam", "clipboard"], elem_id="photo"

@@ -110,7 +110,8 @@ def overlay(one: Map, explanation: Explanation, colors: np.ndarray, opacity: flo
 
 
 def to_picture(explanation: Explanation, colors: np.ndarray, opacity: float, depth: int) -> Image.Image:
-    """The same as one picture: a row per method, GAP left and CA right, and one of evidence; with its legend."""
+    """The same as one picture: a row per method, the network's own pooling left and CA right, and one of evidence; with
+    its legend."""
     attention = explanation.attention[depth - 1]
     cells = [
         (f"{explanation.label}", explanation.photo),

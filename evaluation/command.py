@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .settings import (
@@ -74,7 +75,6 @@ def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSett
         "--methods",
         nargs="+",
         choices=METHODS,
-        default=defaults.methods,
         metavar="METHOD",
         help=_names(METHODS, defaults.methods),
     )
@@ -82,9 +82,8 @@ def _add_table_options(parser: argparse.ArgumentParser, defaults: EvaluationSett
         "--poolings",
         nargs="+",
         choices=POOLINGS,
-        default=defaults.poolings,
         metavar="POOLING",
-        help=_names(POOLINGS, defaults.poolings),
+        help=f"{_names(POOLINGS, defaults.poolings)}, or source ca where the source averages nothing",
     )
     add(
         "--metrics",
@@ -168,8 +167,10 @@ def main(arguments: list[str] | None = None, prog: str = "python -m evaluation")
 
 def _evaluate(options: argparse.Namespace) -> None:
     # Checked before anything slow is imported or loaded.
-    options.controls = _controls(options.controls, options.poolings)
-    settings = EvaluationSettings(**{name: getattr(options, name) for name in EvaluationSettings.names()})
+    values = {name: getattr(options, name) for name in EvaluationSettings.names()}
+    chosen = {name: value for name, value in values.items() if value not in (None, [])}
+    settings = EvaluationSettings(**chosen)
+    settings = replace(settings, controls=_controls(options.controls, settings.poolings))
 
     from accelerate import Accelerator
     from castream.artifacts.models import load_image_processor, load_model
@@ -182,6 +183,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     keep_freed_memory()
     accelerator = Accelerator()
     model, image_processor = load_model(options.model), load_image_processor(options.model)
+    settings = settings.for_model(model.config, named=chosen)
     split = open_split(
         options.dataset,
         options.split,

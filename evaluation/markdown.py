@@ -34,14 +34,14 @@ EXPLANATIONS = {
 }
 CONTROL_TITLES = {
     "": "Saliency and pooling",
-    "temperature": "Control: GAP at the temperature of CA's confidence",
+    "temperature": "Control: {own} at the temperature of CA's confidence",
     "norm": "Control: CA with its pooled norm matched to GAP's",
     "bound": "Bound: an attention that is the mask itself, at GAP's norm",
-    "map_only": "Control: map only, all probabilities from GAP",
+    "map_only": "Control: map only, all probabilities from {own}",
     "area": "Control: maps of equal area",
     "map_only_area": "Control: map only and equal area",
 }
-DIFFERENCES = "CA minus GAP, paired over images"
+DIFFERENCES = "CA minus {own}, paired over images"
 MAX_LISTED = 20  # skipped images in results.md; results.json has all
 
 
@@ -52,11 +52,11 @@ def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) 
         published: what the paper gives for this network and dataset, to stand beside.
     """
     lines = [f"# Saliency evaluation: {results['model']} on {results['dataset']}", "", *_summary(results)]
-    names = metric_names(results)
+    names, own = metric_names(results), _own_pooling(results)
     for control, title in CONTROL_TITLES.items():
         rows = [row for row in results["rows"] if row["control"] == control]
         if rows:
-            lines += ["", f"## {title}", "", *_table(rows, names)]
+            lines += ["", f"## {title.format(own=own)}", "", *_table(rows, names)]
             if control == "" and published is not None:
                 lines += ["", *_published_lines(published, results)]
     for title, key in (
@@ -64,7 +64,7 @@ def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) 
         ("Method minus reference method, paired over images", "method_minus_reference"),
     ):
         if results[key]:
-            lines += ["", f"## {title}", "", *_table(results[key], names)]
+            lines += ["", f"## {title.format(own=own)}", "", *_table(results[key], names)]
     correlations = [row for row in results["rows"] if row.get("randomization_correlation")]
     if correlations:
         lines += ["", "## Control: rank correlation with the map after shuffling the classifier's weights", ""]
@@ -76,13 +76,14 @@ def to_markdown(results: dict, published: tuple[str, dict, dict] | None = None) 
 
 
 def to_card_markdown(results: dict) -> str:
-    """The tables of a model card: methods and control maps under both poolings, CA minus GAP under each control, and
-    the methods at equal area."""
+    """The tables of a model card: methods and control maps under both poolings, CA minus the source's own under each
+    control, and the methods at equal area."""
     names = metric_names(results)
     plain = [row for row in results["rows"] if not row["control"]]
     lines = [*_summary(results), "", *_table(plain, names), "", _legend(names)]
     if results["ca_minus_gap"]:
-        lines += ["", f"### {DIFFERENCES}", "", *_table(results["ca_minus_gap"], names)]
+        title = DIFFERENCES.format(own=_own_pooling(results))
+        lines += ["", f"### {title}", "", *_table(results["ca_minus_gap"], names)]
     equal_area = [row for row in results["method_minus_reference"] if row["control"] == "area"]
     if equal_area:
         title = f"### Methods minus {equal_area[0]['reference']} at equal area, paired over images"
@@ -129,7 +130,7 @@ def _describe(results: dict) -> str:
             f"{_count(precision['images'])}: {', '.join(known)}."
         )
     if results.get("temperature"):
-        sentences.append(f"GAP's confidence is CA's at temperature {results['temperature']:.4f}.")
+        sentences.append(f"{_own_pooling(results)}'s confidence is CA's at temperature {results['temperature']:.4f}.")
     return " ".join(sentences)
 
 
@@ -137,9 +138,13 @@ def _count(number: int, one: str = "", several: str = "") -> str:
     return f"{number} image {one}".rstrip() if number == 1 else f"{number} images {several}".rstrip()
 
 
+def _own_pooling(results: dict) -> str:
+    """What titles call the source's own pooling."""
+    return "source" if "source" in results["accuracy"] else "GAP"
+
+
 def _accuracy_lines(results: dict) -> list[str]:
-    own = "source" if "source" in results["accuracy"] else "GAP"
-    titles = {"gap": "GAP", "source": "source", "ca": "CA", "ca_minus_gap": f"CA minus {own}"}
+    titles = {"gap": "GAP", "source": "source", "ca": "CA", "ca_minus_gap": f"CA minus {_own_pooling(results)}"}
     known = {titles[name]: entry for name, entry in results["accuracy"].items() if entry}
     if not known:
         return ["Accuracy: unknown, the dataset has no labels."]

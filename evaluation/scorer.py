@@ -10,7 +10,7 @@ from modeling_castream.configuration_castream import resolve_pooling
 from modeling_castream.features_castream import Features, run_features
 
 from .controls import match_norm, pool_by_mask
-from .settings import EvaluationSettings
+from .settings import AVERAGE_CONTROLS, EvaluationSettings
 from .table import table_rows
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,7 +59,7 @@ class Scorer:
         config = self.model.config
         for pooling in self.settings.poolings:
             resolve_pooling(config, pooling)
-        averaged = [name for name in ("norm", "bound") if name in self.settings.controls]
+        averaged = [name for name in AVERAGE_CONTROLS if name in self.settings.controls]
         if averaged and config.source_pooling != "gap":
             raise ValueError(f"controls {', '.join(averaged)} need a source that averages, and this model's does not.")
 

@@ -1,6 +1,7 @@
 """What an evaluation does: one dataclass, checked before any image is read."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 
 POOLINGS = ("gap", "ca", "source")
 STABLE_CHANGES = ("hiding_blur", "blurred_deletion", "random_ties")
@@ -10,6 +11,7 @@ AUTOCASTS = ("off", "auto", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
 CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "bound", "map_only", "area", "randomization")
 PAIRED_CONTROLS = ("temperature", "norm", "bound", "map_only")  # compare the poolings, so they need both
+AVERAGE_CONTROLS = ("norm", "bound")  # compare CA with an average, so the source must have one
 PROBABILITY_METRICS = ("average_drop", "average_gain", "average_increase")
 MASKING_METRICS = (*PROBABILITY_METRICS, "kept")
 CURVE_METRICS = ("insertion", "deletion")
@@ -93,6 +95,25 @@ class EvaluationSettings:
     def own_pooling(self) -> str:
         """What the source's own pooling is called here: `"gap"` or `"source"`."""
         return "source" if "source" in self.poolings else "gap"
+
+    def for_model(self, config, named: Iterable[str] = ()) -> "EvaluationSettings":
+        """These settings, for a model whose source averages nothing with what it has: `"source"` in the place of
+        `"gap"`, no method that needs a pooling over positions, no control that needs an average.
+
+        Args:
+            config: the model's.
+            named: settings that stay as they are, since somebody chose them.
+        """
+        from modeling_castream.methods_castream import METHODS
+
+        if config.source_pooling == "gap":
+            return self
+        fitting = {
+            "poolings": ["source" if name == "gap" else name for name in self.poolings],
+            "methods": [name for name in self.methods if not METHODS[name].needs_positions],
+            "controls": [name for name in self.controls if name not in AVERAGE_CONTROLS],
+        }
+        return replace(self, **{name: values for name, values in fitting.items() if name not in named})
 
     @property
     def block_size(self) -> int:

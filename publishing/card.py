@@ -14,8 +14,8 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 MARKER = "Made by castream from its model_card.md. Publishing writes this page anew unless this line is removed."
 TAGS = ["castream", "interpretability", "saliency", "attention-pooling", "arxiv:2404.14996"]
 CAPTIONS = {
-    "explanation.png": "An example: the same image and class under GAP and under CA.",
-    "examples.png": "Examples: image, raw attention, and each method under GAP and under CA.",
+    "explanation.png": "An example: the same image and class under {own} and under CA.",
+    "examples.png": "Examples: image, raw attention, and each method under {own} and under CA.",
     "curves.png": "Insertion and deletion curves.",
 }
 
@@ -86,6 +86,10 @@ def render_model_card(
         model_name=name if eval_results else None,
         eval_results=eval_results,
     )
+    features = (config.get("backbone_config") or {}).get("features") or {}
+    averages = features.get("readout", "average") == "average"
+    own = "GAP" if averages else "the network's own readout"
+    captions = {file: caption.format(own=own) for file, caption in CAPTIONS.items()}
     order = [*CAPTIONS]
     figures = sorted(path.name for path in model_dir.glob("figures/*.png"))
     figures.sort(key=lambda name: order.index(name) if name in order else len(order))
@@ -100,7 +104,9 @@ def render_model_card(
         evidence=config.get("evidence_queries") or [],
         freeze_backbone=config.get("freeze_backbone", True),
         facts=_facts(config, model_dir, origin["base_model"]),
-        figures=[{"path": f"figures/{file}", "caption": CAPTIONS.get(file, Path(file).stem)} for file in figures],
+        figures=[{"path": f"figures/{file}", "caption": captions.get(file, Path(file).stem)} for file in figures],
+        averages=averages,
+        own=own,
         results=to_card_markdown(results) if results else None,
         dataset=results["dataset"] if results else None,
         recipe=_flatten(recipe) if recipe else None,

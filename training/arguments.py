@@ -54,7 +54,9 @@ class TrainingArguments:
     )
     freeze_backbone: bool = option(True, "keep the backbone as it is")
     freeze_classifier: bool = option(True, "keep the classifier as it is")
-    freeze_output_projection: bool = option(True, "keep the last linear map of the stream, W_L, as initialised")
+    freeze_output_projection: bool = option(
+        True, "keep the stream's last linear map, W_L, as it starts, unless at zero"
+    )
     classifier: Literal["auto", "keep", "fit", "new"] = option(
         "auto", "keep the source's; fit a linear one on GAP features; new: random; auto: keep if the classes fit"
     )

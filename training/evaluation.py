@@ -17,7 +17,6 @@ from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation.settings import LOCALIZATION_METRICS
 
 from modeling_castream import CAStreamForImageClassification
-from modeling_castream.methods_castream import METHODS
 
 from .objective import Objective, attention_entropy
 
@@ -101,9 +100,7 @@ def evaluate(
     """
     masks = LOCALIZATION_METRICS if held_out.has_masks else ()
     settings = replace(settings, metrics=tuple(dict.fromkeys((*settings.metrics, *masks))))
-    if (own := model.config.source_pooling) != "gap":
-        methods = tuple(name for name in settings.methods if not METHODS[name].needs_positions)
-        settings = replace(settings, poolings=(own, "ca"), methods=methods)
+    settings = settings.for_model(model.config)
     report = evaluate_saliency(model.eval(), image_processor, held_out, settings, str(folder), accelerator, **names)
     accelerator.print("\n" + report.markdown())
 

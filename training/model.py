@@ -119,6 +119,9 @@ def unfreeze(
 ) -> dict[str, torch.nn.Parameter]:
     """Put a model into training mode; what is trained follows from these settings and the config's.
 
+    A last map W_L that starts at zero, as where the source averages nothing, is trained in any case: behind zeros the
+    stream has no gradient.
+
     Returns:
         The parameters that are trained, by name.
     """
@@ -127,7 +130,7 @@ def unfreeze(
     stream = model.castream.stream
     stream.requires_grad_(train_stream)
     model.evidence.requires_grad_(train_evidence)
-    if freeze_output_projection:
+    if freeze_output_projection and model.config.source_pooling == "gap":
         stream.blocks[-1].projection.requires_grad_(False)
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

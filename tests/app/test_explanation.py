@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, features
+from transformers import ViTImageProcessor
 
 from modeling_castream import CAStreamConfig, CAStreamForImageClassification
 from modeling_castream.decoding_castream import decode_image
 from tests.app.conftest import APP
+from tests.modeling_castream.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,26 @@ def test_a_single_evidence_block_leaves_the_pairs_in_rows(evidence_explanation):
     both = to_picture(explanation, colors, 0.6, 1)
     single = dataclasses.replace(explanation, maps=explanation.maps[:1] + explanation.maps[2:])
     assert to_picture(single, colors, 0.6, 1).size == both.size
+
+
+def test_a_source_that_averages_nothing_is_shown_under_its_own_name(tmp_path, photos):
+    from explanation import Explainer, open_photo
+    from page import build_page
+    from rendering import to_html, to_picture
+    from transformers import pipeline
+
+    model = tiny_model("vit")
+    model.classifier.weight.data *= 8
+    model.save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "vit")
+    explainer = Explainer(pipeline("image-explanation", model=str(tmp_path / "vit"), trust_remote_code=True))
+    photo = open_photo(photos[0], decode_image)
+    explanation = explainer.explain(photo, explainer.classes(photo)[0][0])
+    shown = [(one.title, one.pooling) for one in explanation.maps]
+    assert shown == [(title, pooling) for title in ("Grad-CAM", "Grad-CAM++") for pooling in ("source", "ca")]
+    assert all(one.saliency.std() > 0 for one in (*explanation.maps, *explanation.attention))
+    html = to_html(explanation, explainer.colors, 0.6, 1)
+    assert "<b>the source</b>" in html and "<b>GAP</b>" not in html and "under GAP" not in html
+    to_picture(explanation, explainer.colors, 0.6, 1)
+    page = str(build_page(explainer, "a ViT").get_config_file())
+    assert "its own readout (the source)" in page and "(GAP)" not in page

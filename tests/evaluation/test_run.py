@@ -17,7 +17,7 @@ from castream.evaluation import EvaluationSettings, evaluate_saliency
 from castream.evaluation import run as evaluation_run
 from castream.evaluation.command import main
 from castream.evaluation.data import Examples
-from castream.evaluation.settings import CONTROLS, PAIRED_CONTROLS
+from castream.evaluation.settings import AVERAGE_CONTROLS, CONTROLS, PAIRED_CONTROLS
 
 from tests.evaluation.small import small_examples, small_image, small_model, small_processor
 
@@ -366,6 +366,38 @@ def test_a_source_that_reads_a_cls_token_is_compared_under_its_own_name():
         run(settings=replace(settings, controls=("norm",)), model=model)
     with pytest.raises(ValueError, match="poolings must name the source's own once"):
         replace(settings, poolings=("gap", "source"))
+
+
+@pytest.mark.parametrize(
+    ("words", "controls"), [([], []), (["--controls"], [name for name in CONTROLS if name not in AVERAGE_CONTROLS])]
+)
+def test_the_command_takes_what_a_source_without_an_average_has(folders, tmp_path, words, controls):
+    small_model(kind="vit").save_pretrained(tmp_path / "vit")
+    small_processor().save_pretrained(tmp_path / "vit")
+    arguments = ["--model", str(tmp_path / "vit"), "--dataset", str(folders / "data"), "--split", "test"]
+    arguments += ["--max-images", "4", "--metrics", "average_drop", "--output", str(tmp_path / "results")]
+    assert main([*arguments, *words]) == 0
+    results = json.loads((tmp_path / "results" / "results.json").read_text())
+    found = results["settings"]
+    assert found["poolings"] == ["source", "ca"] and found["controls"] == controls
+    assert found["methods"] == ["grad_cam", "raw_attention"]
+    page = (tmp_path / "results" / "results.md").read_text()
+    assert "## CA minus source, paired over images" in page and "GAP" not in page
+
+
+def test_what_a_source_without_an_average_lacks_is_refused_when_it_is_named(folders, tmp_path, capsys):
+    small_model(kind="vit").save_pretrained(tmp_path / "vit")
+    small_processor().save_pretrained(tmp_path / "vit")
+    arguments = ["--model", str(tmp_path / "vit"), "--dataset", str(folders / "data"), "--split", "test"]
+    for number, (words, message) in enumerate(
+        (
+            (["--poolings", "gap", "ca"], "pooling='gap' does not exist here"),
+            (["--controls", "norm"], "controls norm need a source that averages"),
+            (["--methods", "attention_cam"], "method 'attention_cam' needs a pooling over positions"),
+        )
+    ):
+        assert main([*arguments, "--output", str(tmp_path / f"results{number}"), *words]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_both_names_of_an_average_give_the_same_figures():

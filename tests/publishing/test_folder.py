@@ -13,8 +13,10 @@ from castream.publishing.verify import verify
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import ViTImageProcessor
 
 from modeling_castream import CAStreamForImageClassification
+from tests.modeling_castream.tiny import tiny_model
 from tests.publishing.models import entry, make_results, save_model
 
 CODE = {path.name for path in (Path(__file__).parents[2] / "modeling_castream").glob("*_castream.py")}
@@ -295,3 +297,26 @@ def test_what_answers_otherwise_elsewhere_is_not_published(model_dir, tmp_path):
         model.classifier.bias += 0.1
     with pytest.raises(ValueError, match="answers otherwise than the model"):
         verify(folder, model)
+
+
+def test_the_card_of_a_source_that_averages_nothing_names_its_own_readout(tmp_path, unverified):
+    tiny_model("vit").save_pretrained(tmp_path / "model")
+    ViTImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path / "model")
+    results = make_results()
+    results["accuracy"]["source"] = results["accuracy"].pop("gap")
+    for row in results["rows"]:
+        row["pooling"] = row["pooling"].replace("gap", "source")
+    write_results(tmp_path / "results", **results)
+    Image.effect_noise((90, 60), 90).convert("RGB").save(tmp_path / "photo.png")
+    arguments = ["--model", str(tmp_path / "model"), "--repo-id", "me/model", "--results", str(tmp_path / "results")]
+    arguments += ["--dry-run", str(tmp_path / "out"), "--example", str(tmp_path / "photo.png")]
+    assert command.main(arguments) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "accuracy (SOURCE)" in text and "| grad_cam | SOURCE | 20.00 [19.00, 21.00] |" in text
+    assert '`pooling="source"` gives the scores that the network has without it,' in text
+    assert "under the network's own readout and under CA" in text and "### CA minus source" in text
+    assert "GAP" not in text and '"gap"' not in text
+    assert (tmp_path / "out" / "figures" / "explanation.png").is_file()
+    (tmp_path / "model" / "README.md").unlink(missing_ok=True)
+    unmeasured = write_model_card(tmp_path / "model").read_text()
+    assert "--poolings source ca" in unmeasured and "GAP" not in unmeasured
