@@ -9,6 +9,7 @@ map shows. Each control takes one of these away:
     bound         in CA's place an attention that is the mask itself, at GAP's norm: what pooling could gain at most by
                   leaving out what is masked
     map_only      CA's maps, all probabilities from the GAP network
+    pooling_only  GAP's maps, all probabilities from CA at GAP's norm
     area          each map to the power at which its mean, upsampled, is that of the reference map of the same image
     randomization the map after shuffling the classifier's weights, correlated with the map before
 """

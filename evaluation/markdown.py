@@ -38,6 +38,7 @@ CONTROL_TITLES = {
     "norm": "Control: CA with its pooled norm matched to GAP's",
     "bound": "Bound: an attention that is the mask itself, at GAP's norm",
     "map_only": "Control: map only, all probabilities from {own}",
+    "pooling_only": "Control: pooling only, {own}'s map under both, at {own}'s norm",
     "area": "Control: maps of equal area",
     "map_only_area": "Control: map only and equal area",
 }

@@ -9,9 +9,15 @@ PROTOCOLS = ("reference", "stable", *STABLE_CHANGES)
 TARGETS = ("label", "predicted", "second")
 AUTOCASTS = ("off", "auto", "bf16", "fp16")
 CONTROL_MAPS = ("random_map", "center_gaussian", "uniform_map")
-CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "bound", "map_only", "area", "randomization")
-PAIRED_CONTROLS = ("temperature", "norm", "bound", "map_only")  # compare the poolings, so they need both
-AVERAGE_CONTROLS = ("norm", "bound")  # compare CA with an average, so the source must have one
+CONTROLS = (*CONTROL_MAPS, "temperature", "norm", "bound", "map_only", "pooling_only", "area", "randomization")
+PAIRED_CONTROLS = (
+    "temperature",
+    "norm",
+    "bound",
+    "map_only",
+    "pooling_only",
+)  # compare the poolings, so they need both
+AVERAGE_CONTROLS = ("norm", "bound", "pooling_only")  # compare CA with an average, so the source must have one
 PROBABILITY_METRICS = ("average_drop", "average_gain", "average_increase")
 MASKING_METRICS = (*PROBABILITY_METRICS, "kept")
 CURVE_METRICS = ("insertion", "deletion")

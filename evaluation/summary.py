@@ -23,6 +23,7 @@ PAIRS = (
     ("norm", ""),
     ("bound", ""),
     ("map_only", ""),
+    ("pooling_only", ""),
     ("area", "area"),
     ("map_only_area", "area"),
 )

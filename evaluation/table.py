@@ -11,21 +11,23 @@ class Row:
 
     Args:
         method: a saliency method, or a control map.
-        pooling: of the map.
+        pooling: of the map, unless `map_pooling` says otherwise.
         control: "" for the plain protocol.
         scoring: who gives the probabilities: a pooling, "gap_temperature", "source_temperature", "ca_norm" or
             "ca_bound".
+        map_pooling: of the map, where it is another one's than the row's.
     """
 
     method: str
     pooling: str
     control: str
     scoring: str
+    map_pooling: str | None = None
 
     @property
     def map_key(self) -> tuple[str, str, bool]:
         """Method, pooling, and whether the area is matched."""
-        return self.method, self.pooling, "area" in self.control
+        return self.method, self.map_pooling or self.pooling, "area" in self.control
 
 
 def table_rows(settings: EvaluationSettings) -> list[Row]:
@@ -40,6 +42,8 @@ def table_rows(settings: EvaluationSettings) -> list[Row]:
             rows.append(Row(method, own, "temperature", f"{own}_temperature"))
         if "norm" in controls:
             rows.append(Row(method, "ca", "norm", "ca_norm"))
+        if "pooling_only" in controls and method not in CONTROL_MAPS:
+            rows.append(Row(method, "ca", "pooling_only", "ca_norm", map_pooling=own))
         if "bound" in controls:
             rows.append(Row(method, "ca", "bound", "ca_bound"))
     return rows

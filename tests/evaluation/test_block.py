@@ -301,6 +301,21 @@ def test_map_only_scores_the_maps_of_ca_by_the_gap_network():
     assert (map_only["probability_masked"] - ca["probability_masked"]).abs().min() > 0
 
 
+def test_pooling_only_scores_the_maps_of_gap_by_ca_at_gaps_norm():
+    controls = ("pooling_only", "norm")
+    report = evaluate(small_examples(4), methods=("grad_cam",), metrics=("average_drop",), controls=controls)
+    gap, norm, pooling_only = (
+        report.per_image.query("pooling == @pooling and control == @control").reset_index()
+        for pooling, control in (("gap", ""), ("ca", "norm"), ("ca", "pooling_only"))
+    )
+    np.testing.assert_array_equal(pooling_only["map_area"], gap["map_area"])
+    np.testing.assert_array_equal(pooling_only["probability"], norm["probability"])
+    assert (pooling_only["probability_masked"] - norm["probability_masked"]).abs().min() > 0
+    [pair] = [pair for pair in report.results["ca_minus_gap"] if pair["control"] == "pooling_only"]
+    expected = (pooling_only["average_drop"] - gap["average_drop"]).mean()
+    assert pair["metrics"]["average_drop"]["mean"] == pytest.approx(expected)
+
+
 def test_model_is_left_as_it_was():
     model = small_model()
     model.train()
