@@ -156,6 +156,8 @@ def randomise(model: nn.Module, size: int) -> nn.Module:
             start = parameter.flatten()[0].item() if parameter.flatten()[0].abs() > 1e-3 else 0.1
             parameter.copy_(start + 0.1 * torch.randn(parameter.shape, generator=generator))
     norms = [module for module in model.modules() if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    if not norms:
+        return model.eval()
     for norm in norms:
         norm.momentum = 1.0
     pictures = [np.asarray(image.resize((size, size))) for image in example_images()]

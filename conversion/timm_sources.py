@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from timm.data import create_transform, resolve_model_data_config
 from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.initialization import no_init_weights
 
@@ -41,7 +42,7 @@ def pooling_kind(model: nn.Module) -> str | None:
 
 @torch.no_grad()
 def _layer_before_pooling(model: nn.Module, features: torch.Tensor) -> str | None:
-    """The first layer with weights that a network's head runs on more than one position, if there is one."""
+    """The first layer with weights, none of the neck's, that a network's head runs on more than one position."""
     found = []
 
     def look(module: nn.Module, args: tuple) -> None:
@@ -49,11 +50,10 @@ def _layer_before_pooling(model: nn.Module, features: torch.Tensor) -> str | Non
         if has_weights and args and args[0].ndim == 4 and args[0][0, 0].numel() > 1:
             found.append(module)
 
-    hooks = [module.register_forward_pre_hook(look) for module in model.modules()]
-    model.forward_head(features)
-    for hook in hooks:
-        hook.remove()
-    return next((name for name, module in model.named_modules() if found and module is found[0]), None)
+    with register_module_forward_pre_hook(look):
+        model.forward_head(features)
+    names = {module: name for name, module in model.named_modules()}
+    return next((names[module] for module in found if "in_conv." not in names[module]), None)
 
 
 def _check_tokens(model: nn.Module, features: torch.Tensor, source: str) -> None:
@@ -102,7 +102,7 @@ def check_readout(model: nn.Module, source: str) -> None:
     if layer is not None:
         raise ValueError(
             f"{source} has no global average pooling of its feature map to replace: its head runs {layer} "
-            f"({type(model.get_submodule(layer)).__name__}) on every position first."
+            f"({type(model.get_submodule(layer)).__name__}) over the map before it pools."
         )
 
 
@@ -258,7 +258,8 @@ def describe(model: nn.Module, arguments: dict, source: str) -> Source:
     data_config = resolve_model_data_config(model)
     transform = create_transform(**data_config, is_training=False)
     classifier = model.pretrained_cfg["classifier"]
-    rules = [(r"^attn_pool\.", f"{BACKBONE}attention_pool."), (r"^", f"{BACKBONE}timm_model.")]
+    parts = {r"attn_pool\.": "attention_pool.", r"(head\.)?in_conv\.": "neck.", "": "timm_model."}
+    rules = [(f"^{pattern}", f"{BACKBONE}{part}") for pattern, part in parts.items()]
     if isinstance(classifier, str):
         rules.insert(0, (rf"^{re.escape(classifier)}\.", CLASSIFIER))
     return Source(

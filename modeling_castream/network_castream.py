@@ -100,6 +100,7 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
             **{**(config.model_args or {}), "num_classes": num_labels},
         )
         self.num_features = self._take_out_classifier(num_labels)
+        self.neck = self._take_out_neck()
         self.source_readout = _READOUTS.get(getattr(self.timm_model, "global_pool", None), "average")
         self.attention_pool = None
         if self.source_readout == "attention":  # out of the head, which then reads its result as it reads a CLS token
@@ -120,6 +121,15 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
         self.timm_model.set_submodule(name, nn.Identity())
         return layer.in_features
 
+    def _take_out_neck(self) -> nn.Module:
+        """Replace by nothing the layers of a head that it runs on every position before it pools: those of EfficientViT
+        (MIT), CPUBone and LowFormer."""
+        for owner in (self.timm_model, getattr(self.timm_model, "head", None)):
+            if isinstance(neck := getattr(owner, "in_conv", None), nn.Module):
+                owner.in_conv = nn.Identity()
+                return neck
+        return nn.Identity()
+
     def _init_weights(self, module: nn.Module):
         """timm has initialised its weights; what a checkpoint does not hold, it makes anew."""
         if hasattr(module, "init_non_persistent_buffers"):
@@ -135,10 +145,10 @@ class TimmNetwork(ClassifierNetwork, PreTrainedModel):
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What the head reads, in the network's own layout, and the maps of `inner_layers`, channels first."""
         if not self.inner_layers:
-            return self.timm_model.forward_features(pixel_values), []
+            return self.neck(self.timm_model.forward_features(pixel_values)), []
         last = len(self.config.features["layers"]) - 1  # else Hiera stops before it
         features, maps = self.timm_model.forward_intermediates(pixel_values, indices=[*self.inner_layers, last])
-        return features, maps[:-1]
+        return self.neck(features), maps[:-1]
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -342,6 +352,7 @@ def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
         raise ValueError(f"backbone_config: timm's {config.architecture} does not hand out its feature maps.")
     else:
         features, maps = model.forward_intermediates(pixel_values)
+        features = network.neck(features)
         names = [entry["module"] for entry in getattr(model, "feature_info", [])]
         if len(names) != len(maps) or len(set(names)) != len(names) or "" in names:
             names = [f"stage{index}" for index in range(len(maps))]
