@@ -179,8 +179,9 @@ def test_raw_attention_is_in_the_picture_without_being_evaluated(tmp_path):
     assert set(report.per_image["method"]) == {"grad_cam"}
     saliency = report.examples[0]["raw_attention|ca"]
     pixel_values = small_processor()(small_examples(1)[0]["image"], return_tensors="pt").pixel_values
-    expected = explain(small_model(), pixel_values, method="raw_attention", pooling="ca", upsample=False)[0]
-    np.testing.assert_allclose(saliency, expected, atol=1e-6)
+    model = small_model().to(report.results["device"])
+    expected = explain(model, pixel_values, method="raw_attention", pooling="ca", upsample=False)[0]
+    np.testing.assert_allclose(saliency, expected.cpu(), atol=1e-6)
     assert [title for title, _, _ in example_columns(("grad_cam",), ("gap", "ca"))] == [
         "attention\n(CA)",
         "Grad-CAM\n(GAP)",
