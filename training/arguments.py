@@ -114,7 +114,9 @@ class TrainingArguments:
     warmup: float = option(0.1, "fraction of the run over which the learning rate rises")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
     ema_decay: float = option(0.0, "of the exponential moving average of the weights, which is then saved; 0: off")
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(None, "none: as `accelerate config` says")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
+        "auto", "auto: what `accelerate config` says, or else bf16 where a trial finds it faster"
+    )
     compile_backbone: bool = option(False, "compile the frozen backbone")
     seed: int = option(0, "of everything random")
 

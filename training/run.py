@@ -35,6 +35,7 @@ from .logging import BadImages, MetricLogger, WeightCheck
 from .loop import InterruptedRun, Interruption, Schedule, Steps, Update, WeightAverage
 from .model import TRAINING_FILE, adapt_model, fit_classifier, load_source, save_model, unfreeze
 from .objective import Mixer, Objective
+from .precision import choose_precision
 from .run_folder import RunFolder
 
 EXIT_BAD_INPUT = 2
@@ -67,6 +68,7 @@ def run(argv: list[str] | None = None) -> int:
 def main(args: TrainingArguments) -> None:
     """Train, evaluate, describe and publish a model, from wherever the run in `output_dir` stands."""
     started, interruption = time.time(), Interruption()
+    args = choose_precision(args)
     accelerator = start_accelerator(args)
     settings = check_end(args, accelerator)
     folder = RunFolder(args.output_dir, asdict(args), accelerator.is_main_process)
@@ -135,13 +137,11 @@ def check_end(args: TrainingArguments, accelerator: Accelerator) -> EvaluationSe
         validate_repo_id(args.hub_model_id)
         if accelerator.is_main_process and not get_token():
             raise ValueError("push_to_hub=true needs a token: log in with `hf auth login`, or set HF_TOKEN.")
-    precision = accelerator.mixed_precision
     return EvaluationSettings(
         methods=args.evaluation_methods,
         metrics=args.evaluation_metrics,
         controls=args.evaluation_controls,
         max_images=args.evaluation_images,
-        autocast={"no": "off", None: "off"}.get(precision, precision),
         seed=args.seed,
     )
 

@@ -19,7 +19,16 @@ from filelock import FileLock, Timeout
 # Settings that may differ between a run and its continuation: they change neither the model nor its evaluation.
 FREE = ("num_workers", "checkpoint_steps", "keep_checkpoints", "log_steps", "saliency_steps", "tracker", "output_dir")
 FREE += ("cache_limit_gib", "compile_backbone", "push_to_hub", "hub_model_id", "max_bad_fraction")
+SETTINGS_FILE = "settings.yaml"
 LOCK_SECONDS = 20  # a run that was told to stop may still be saving
+
+
+def recorded_settings(path: str) -> dict:
+    """What a run's folder holds as its settings; nothing, where it holds none or they cannot be read."""
+    try:
+        return dict(yaml.safe_load(Path(path, SETTINGS_FILE).read_text()))
+    except (OSError, yaml.YAMLError, TypeError, ValueError):
+        return {}
 
 
 class RunFolder:
@@ -41,7 +50,7 @@ class RunFolder:
         self.initial, self.model = self.path / "initial", self.path / "model"
         self.evaluation, self.features = self.path / "evaluation", self.path / "features"
         self.bad_images = self.path / "bad_images.txt"
-        self._settings = self.path / "settings.yaml"
+        self._settings = self.path / SETTINGS_FILE
         if is_main:
             self._claim(settings)
 

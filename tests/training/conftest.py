@@ -58,6 +58,7 @@ def options(tiny_model, tiny_dataset, tmp_path) -> dict:
         "log_steps": 1,
         "validation_split": None,
         "learning_rate": 0.01,
+        "mixed_precision": "no",
     }
 
 

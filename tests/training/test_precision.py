@@ -1,0 +1,60 @@
+"""The precision of a run whose settings leave it open."""
+
+import pytest
+import torch
+from castream.training import precision
+from castream.training.arguments import TrainingArguments
+from castream.training.run_folder import SETTINGS_FILE
+
+
+@pytest.fixture
+def arguments(tmp_path, fresh_process_state):
+    yield TrainingArguments(output_dir=str(tmp_path))
+    fresh_process_state()
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """A processor that takes `trial.half` of float32's time for bf16."""
+
+    class Trial:
+        half, runs = 0.5, 0
+
+        def seconds(self, images, weight):
+            self.runs += 1
+            assert images.dtype == weight.dtype
+            return self.half if images.dtype == torch.bfloat16 else 1.0
+
+    found = Trial()
+    monkeypatch.setattr(precision, "convolution_seconds", found.seconds)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    return found
+
+
+@pytest.mark.parametrize(("half", "expected"), [(0.5, "bf16"), (0.9, "bf16"), (0.95, "no"), (3.0, "no")])
+def test_bf16_where_it_is_faster(arguments, trial, capsys, half, expected):
+    trial.half = half
+    assert precision.choose_precision(arguments).mixed_precision == expected
+    said = capsys.readouterr()
+    assert f"precision: {expected}; a convolution in bf16 took {half:.2f} of its time" in said.out + said.err
+
+
+def test_what_is_said_is_not_tried(arguments, trial, monkeypatch, tmp_path):
+    for said in ("no", "bf16", "fp16"):
+        arguments.mixed_precision = said
+        assert precision.choose_precision(arguments).mixed_precision == said
+    arguments.mixed_precision = "auto"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert precision.choose_precision(arguments).mixed_precision == "fp16"
+    (tmp_path / SETTINGS_FILE).write_text("mixed_precision: 'no'")  # a run goes on as it began, on any machine
+    assert precision.choose_precision(arguments).mixed_precision == "no"
+    assert trial.runs == 0
+
+
+def test_accelerates_default_is_nobodys_wish(arguments, trial, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert precision.choose_precision(arguments).mixed_precision == "bf16"
+
+
+def test_a_convolution_is_timed():
+    assert precision.convolution_seconds(torch.ones(1, 2, 4, 4), torch.ones(2, 2, 3, 3)) > 0
