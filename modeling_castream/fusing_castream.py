@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 CONVOLUTIONS = ("Conv2d", "Conv2dSame")  # torch's, and timm's that pads as TensorFlow does
 # Activation -> oneDNN's name of it and its arguments.
@@ -82,46 +83,46 @@ class FusedConvolution(nn.Module):
         self.convolution = convolution.to(memory_format=torch.channels_last)
         self.activation = activation or nn.Identity()
         self._operation = _OPERATIONS.get(type(activation), ("none", []))
-        self._weights: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        self._weights: dict[tuple[torch.dtype, tuple[int, int]], tuple[torch.Tensor, torch.Tensor | None]] = {}
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else features.dtype
         if features.device.type != "cpu" or not _is_supported(dtype):
             return self.activation(self.convolution(features))
-        convolution = self.convolution
-        if dtype not in self._weights:
-            bias = convolution.bias
-            self._weights[dtype] = convolution.weight.to(dtype), None if bias is None else bias.to(dtype)
-        features, padding = features.to(dtype), convolution.padding
+        convolution, features, padding, front = self.convolution, features.to(dtype), self.convolution.padding, (0, 0)
         if type(convolution).__name__ == "Conv2dSame":
-            features = _pad_same(features, convolution)
-        weight, bias = self._weights[dtype]
+            margins = _same_margins(features.shape[2:], convolution)
+            padding, front = zip(*((after, after - before) for before, after in margins), strict=True)
+            if any(front) and max(convolution.dilation) > 1:
+                (top, below), (left, right) = margins
+                features, padding, front = F.pad(features, (left, right, top, below)), (0, 0), (0, 0)
+        weight, bias = self._weight(dtype, front)
         arguments = (list(padding), list(convolution.stride), list(convolution.dilation), convolution.groups)
         name, values = self._operation
         return torch.ops.mkldnn._convolution_pointwise(features, weight, bias, *arguments, name, values, "")
 
+    def _weight(self, dtype: torch.dtype, front: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias in a dtype; `front` rows and columns of zeros before the kernel.
 
-def _pad_same(features: torch.Tensor, convolution: nn.Module) -> torch.Tensor:
-    """Features padded with zeros as TensorFlow's "same" has it; only the margin is written twice."""
+        oneDNN's call pads both sides alike. Where one more is wanted behind than before, one is padded before, too, and
+        a kernel that begins with zeros does not see it: that spares a padded copy of the feature map.
+        """
+        if (dtype, front) not in self._weights:
+            weight, bias = self.convolution.weight.to(dtype), self.convolution.bias
+            weight = F.pad(weight, (front[1], 0, front[0], 0)).contiguous(memory_format=torch.channels_last)
+            self._weights[dtype, front] = weight, None if bias is None else bias.to(dtype)
+        return self._weights[dtype, front]
+
+
+def _same_margins(sizes: tuple[int, int], convolution: nn.Module) -> list[tuple[int, int]]:
+    """Zeros before and behind each axis, as TensorFlow's "same" has them: as many, or one more behind."""
     margins = []
     for size, kernel, stride, dilation in zip(
-        features.shape[2:], convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
+        sizes, convolution.kernel_size, convolution.stride, convolution.dilation, strict=True
     ):
         lacking = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
         margins.append((lacking // 2, lacking - lacking // 2))
-    (top, below), (left, right) = margins
-    (height, width), shape = features.shape[2:], features.shape[:2]
-    if not (top or below or left or right):
-        return features
-    padded = torch.empty(
-        (*shape, top + height + below, left + width + right), dtype=features.dtype, memory_format=torch.channels_last
-    )
-    padded[:, :, :top].zero_()
-    padded[:, :, top + height :].zero_()
-    padded[:, :, :, :left].zero_()
-    padded[:, :, :, left + width :].zero_()
-    padded[:, :, top : top + height, left : left + width] = features
-    return padded
+    return margins
 
 
 def _is_supported(dtype: torch.dtype) -> bool:

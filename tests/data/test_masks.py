@@ -36,7 +36,7 @@ def test_backgrounds_are_normalised_like_the_image():
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.5]).view(3, 1, 1)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     made = make_backgrounds((pixels - mean) / std, ["black", "grey", "blur"], mean, std)
-    black, grey, blur = (one * std + mean for one in made)
+    black, grey, blur = ((one * std + mean).expand_as(pixels) for one in made)
     torch.testing.assert_close(black, torch.zeros_like(pixels), atol=1e-6, rtol=0)
     torch.testing.assert_close(grey, torch.full_like(pixels, 0.5))
     torch.testing.assert_close(blur.mean((2, 3)), pixels.mean((2, 3)), atol=0.01, rtol=0)
@@ -51,10 +51,11 @@ def test_a_flat_map_scales_to_zero():
 def test_a_masked_view_is_the_image_where_it_is_shown_and_its_background_elsewhere(channels):
     generator = torch.Generator().manual_seed(0)
     pixels, one, two = torch.randn(3, 4, channels, 5, 6, generator=generator).unbind()
+    two = two[:1]  # one for all images
     masks, chosen = torch.rand(4, 5, 6, generator=generator), torch.tensor([1, 0, 0, 1])
     for layout in (torch.contiguous_format, torch.channels_last):
         shown = show_masked(pixels.contiguous(memory_format=layout), masks, [one, two], chosen)
         for item, kind in enumerate(chosen.tolist()):
-            expected = masks[item] * pixels[item] + (1 - masks[item]) * (one, two)[kind][item]
+            expected = masks[item] * pixels[item] + (1 - masks[item]) * (one, two.expand_as(one))[kind][item]
             torch.testing.assert_close(shown[item], expected)
     assert shown.is_contiguous(memory_format=torch.channels_last)
