@@ -1,6 +1,7 @@
 """What the page computes: the classes of a photo, maps for one of them, and what is left of its probability."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -161,7 +162,8 @@ class Explainer:
         model = self.pipe.model
         pixel_values = self.pipe.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
         pixel_values = pixel_values.to(model.device, model.dtype)
-        with torch.no_grad():
+        folding = getattr(model.castream, "folding", nullcontext)  # an earlier version's code has none
+        with torch.no_grad(), folding():
             logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in poolings}
         return {pooling: model.probabilities(values) for pooling, values in logits.items()}
 
