@@ -182,7 +182,7 @@ class _Run:
         """The precision that the main process chose, now or in an earlier run, and what it found out about it."""
         found = self.store.read_value("precision") if self.store is not None else None
         if found is None and self.accelerator.is_main_process:
-            found = {"autocast": choose_autocast(self.settings, self.model, self.preprocessor.size)}
+            found = {"autocast": choose_autocast(self.settings, self.model)}
             if self.store is not None:
                 self.store.write_value("precision", found)
         return gather_object([found])[0]
