@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from castream.artifacts.precision import bfloat16_share, prefers_bfloat16
 from tqdm import tqdm
 
@@ -21,7 +21,8 @@ def choose_precision(args: TrainingArguments) -> TrainingArguments:
     """
     if args.mixed_precision != "auto":
         return args
-    state, found = PartialState(), [None]
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # as Accelerator makes it, which is to find it
+    found = [None]
     if state.is_main_process:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         recorded = recorded_settings(args.output_dir).get("mixed_precision")

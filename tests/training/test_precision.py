@@ -3,7 +3,9 @@
 import pytest
 from castream.training import precision
 from castream.training.arguments import TrainingArguments
-from castream.training.run_folder import SETTINGS_FILE
+from castream.training.run_folder import SETTINGS_FILE, recorded_settings
+
+from tests.training.commands import start, torchrun
 
 
 @pytest.fixture
@@ -53,3 +55,24 @@ def test_what_is_said_is_not_tried(arguments, trial, monkeypatch, tmp_path):
 def test_accelerates_default_is_nobodys_wish(arguments, trial, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert precision.choose_precision(arguments).mixed_precision == "bf16"
+
+
+@pytest.mark.parametrize(("said", "expected"), [("1", True), ("true", True), ("0", False), (None, False)])
+def test_the_processes_are_those_that_accelerate_makes(arguments, trial, monkeypatch, said, expected):
+    """Made otherwise, they would be on the GPU after `accelerate launch --cpu`, or know nothing of one another."""
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    if said is not None:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", said)
+    made, original = [], precision.PartialState
+    monkeypatch.setattr(precision, "PartialState", lambda cpu: made.append(cpu) or original(cpu=cpu))
+    precision.choose_precision(arguments)
+    assert made == [expected]
+
+
+@pytest.mark.slow
+def test_two_processes_decide_alike(options):
+    process = start(options | {"mixed_precision": "auto"}, *torchrun(29517), ACCELERATE_USE_CPU="1")
+    said, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    recorded = recorded_settings(options["output_dir"])["mixed_precision"]
+    assert said.count("precision: ") == 1 and f"precision: {recorded};" in said
