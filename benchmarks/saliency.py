@@ -40,16 +40,23 @@ def forward(model: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
 def grad_cam_contenders(network: str, batch_size: int, device: str) -> dict[str, Callable]:
     """Grad-CAM of a given class, under "ca", as each package does it; the first one is the plain forward pass.
 
-    castream takes its turn a second time without being given the class, so that it has to predict it.
+    castream takes its turn three times: in float32, under autocast to bfloat16, and without being given the class, so
+    that it has to predict it.
     """
     model, pixel_values = NETWORKS[network]().to(device), images(batch_size).to(device)
     target = forward(model, pixel_values).argmax(-1)
     labels, frozen, layer = target.tolist(), Logits(model, "ca"), pooled_layer(model)
     trainable = trainable_copy(model)
     default = Logits(trainable, "ca")
+
+    def in_bfloat16():
+        with torch.autocast(device, torch.bfloat16):
+            return explain(model, pixel_values, target, "grad_cam", "ca")
+
     return {
         "forward pass": partial(forward, model, pixel_values),
         "castream": partial(explain, model, pixel_values, target, "grad_cam", "ca"),
+        "castream, bfloat16": in_bfloat16,
         "castream, predicted class": partial(explain, model, pixel_values, None, "grad_cam", "ca"),
         "captum": partial(captum, "LayerGradCam", frozen, layer, pixel_values, labels),
         "torch-cam": partial(torch_cam, "GradCAM", frozen, layer, pixel_values, labels),
@@ -145,11 +152,11 @@ def report(kind: str, network: str, contenders: dict[str, Callable], rounds: int
         print(f"| {name} | {median:.3f} | {wall:.3f} | {processor:.3f} | {peak} |", flush=True)
 
 
-def correlation(network: str, device: str) -> float:
-    """Of Score-CAM's maps in bfloat16 and float32, the lower one of both poolings."""
-    contenders = score_cam_contenders(network, device)
-    exact, quick = contenders["castream"](), contenders["castream, bfloat16"]()
-    pairs = [torch.stack([exact[pooling].flatten(), quick[pooling].flatten()]) for pooling in POOLINGS]
+def correlation(contenders: dict[str, Callable]) -> float:
+    """Of castream's maps in bfloat16 and float32, the lower one of the poolings."""
+    found = [contenders[name]() for name in ("castream", "castream, bfloat16")]
+    exact, quick = (list(maps.values()) if isinstance(maps, dict) else [maps] for maps in found)
+    pairs = [torch.stack([one.flatten(), other.flatten()]) for one, other in zip(exact, quick, strict=True)]
     return min(float(torch.corrcoef(pair)[0, 1]) for pair in pairs)
 
 
@@ -177,10 +184,11 @@ def main() -> None:
         if kind == "curves":  # as the evaluation's command does, and for the rest of this process
             keep_freed_memory()
         for network in options.networks:
-            report(kind, network, contenders_of(kind, network, options), rounds[kind], options)
-            if kind == "score_cam":
-                alike = correlation(network, options.device)
-                print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {alike:.5f}")
+            contenders = contenders_of(kind, network, options)
+            report(kind, network, contenders, rounds[kind], options)
+            if "castream, bfloat16" in contenders:
+                alike = correlation(contenders)
+                print(f"\ncorrelation of the bfloat16 maps with the float32 ones: {alike:.5f}", flush=True)
 
 
 if __name__ == "__main__":
