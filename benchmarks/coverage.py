@@ -26,6 +26,7 @@ from .random_networks import TORCHVISION, TRANSFORMERS, randomise, write_random_
 
 AVERAGES = ("avg", "fast", "avg token", None)  # timm's names of poolings that may be a mean over positions
 
+_LARGEST_SIDE = 448  # of the images of networks of any size, of which some are published for 768 pixels
 _CLASSES = 7  # also of those that timm publishes without a classifier
 
 
@@ -82,6 +83,9 @@ def try_timm(name: str, folder: Path) -> Parity:
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=_CLASSES)
     size = model.pretrained_cfg["input_size"][-1]
+    if not model.pretrained_cfg.get("fixed_input_size"):
+        size = min(size, _LARGEST_SIDE)
+        model.pretrained_cfg["input_size"] = (3, size, size)
     return write_classifier(describe(randomise(model, size), {}, f"timm:{name}"), folder / "converted")
 
 
@@ -121,7 +125,7 @@ def table(tried: list[tuple[str, str, Outcome]]) -> str:
     lines = ["| kind | networks | difference of the largest logit, or reason |", "| --- | --- | --- |"]
     for (kind, reason), members in groups.items():
         what = reason or f"exact: at most {max(difference for _, difference in members):.0e}"
-        lines.append(f"| {kind} | {', '.join(name for name, _ in members)} | {what} |")
+        lines.append(f"| {kind} | {'; '.join(name for name, _ in members)} | {what} |")
     return "\n".join(lines)
 
 

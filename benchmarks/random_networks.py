@@ -37,6 +37,7 @@ _WHOLE = {
     "beit": _VIT,
     "clip": {"vision_config": _VIT},
     "beit, CLS token": {**_VIT, "use_mean_pooling": False},
+    "cvt": {"embed_dim": [16, 24, 32], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
     "data2vec-vision": _VIT,
     "data2vec-vision, CLS token": {**_VIT, "use_mean_pooling": False},
     "deit": {**_VIT, "architectures": ["DeiTForImageClassification"]},

@@ -69,7 +69,6 @@ def _adapt_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 SUPPORTED = ", ".join(sorted((*FAMILIES, *(family for family in HEADS if family.islower()), "timm_wrapper")))
 _READERS = {  # what classifiers do that neither average nor read a vector beside a feature map
-    "cvt": "it reads the CLS token of its last stage, and does not run in transformers without one",
     "imagegpt": "it reads sequences of colours, not images",
     "perceiver": "it reads a learned query's output",
     "shieldgemma2": "it is a language model that answers yes or no",
@@ -81,8 +80,9 @@ def _check_family(source: str, config: PreTrainedConfig) -> None:
     family = config.model_type
     if reason := _READERS.get(family):
         raise ValueError(f"{source} ({family}) has no global average pooling of a feature map to replace: {reason}.")
-    if family == "dinat":
-        raise ValueError(f"{source} (dinat) does not run: transformers' DiNAT takes rows for heads, natten or not.")
+    broken = {"dinat": "takes rows for heads, natten or not", "cvt": "asks for a CLS token in its last stage"}
+    if family == "dinat" or (family == "cvt" and not config.cls_token[-1]):
+        raise ValueError(f"{source} ({family}) does not run: transformers' network {broken[family]}.")
     if family not in (*FAMILIES, *HEADS, "timm_wrapper"):
         raise ValueError(f"{source} ({family}) is not supported. Supported transformers families: {SUPPORTED}.")
 

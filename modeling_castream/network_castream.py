@@ -187,7 +187,7 @@ class Head:
         base: what yields `last_hidden_state`; None: the model's base model.
         prefix_tokens: tokens before the patches'.
         before: norm on the map before the pooling.
-        after: layers on the pooled vector.
+        after: layers on the pooled vector, or on each token that is read.
         classifiers: the last linear layer, or several whose logits are averaged.
         reads_token: whether the classifier reads the first token, and a second one the second, instead of an average.
         other_states: hidden states at the end that are the last block's.
@@ -206,6 +206,7 @@ class Head:
 HEADS = {
     "beit": Head(prefix_tokens=1, after=("beit.pooler.layernorm",)),
     "clip": Head(base="vision_model", prefix_tokens=1),
+    "cvt": Head(prefix_tokens=1, after=("layernorm",), reads_token=True),
     "data2vec-vision": Head(prefix_tokens=1, after=("data2vec_vision.pooler.layernorm",)),
     "deit": Head(prefix_tokens=2, reads_token=True),
     "DeiTForImageClassificationWithTeacher": Head(
@@ -293,6 +294,8 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
         base = self.network.get_submodule(self.head.base) if self.head.base else self.network.base_model
         output = base(pixel_values, output_hidden_states=inner, return_dict=True)
         features = output.last_hidden_state
+        if (cls_token := getattr(output, "cls_token_value", None)) is not None:  # CvT's, apart from its map
+            features = torch.cat([cls_token, features.flatten(2).transpose(1, 2)], dim=1)
         if self.head.before:
             features = self.network.get_submodule(self.head.before)(features)
         depths = (output.hidden_states or ())[: -self.head.other_states] if inner else ()
@@ -303,11 +306,13 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
 
         A head that does not average gets them added to `cls_token`.
         """
-        vectors = pooled.reshape(-1, pooled.shape[-1])
-        for name in self.head.after:
-            vectors = self.network.get_submodule(name)(vectors)
         names = self.head.classifiers
-        read = [vectors] * len(names) if cls_token is None else self.add_to_tokens(pooled, cls_token).unbind(1)
+        if cls_token is None:
+            read = [pooled.reshape(-1, pooled.shape[-1])] * len(names)
+        else:
+            read = self.add_to_tokens(pooled, cls_token).unbind(1)
+        for name in self.head.after:
+            read = [self.network.get_submodule(name)(one) for one in read]
         vectors = read[0]
         if len(names) > 1:
             logits = [self.network.get_submodule(name)(one) for name, one in zip(names, read, strict=True)]
@@ -327,9 +332,9 @@ def build_network(config: PreTrainedConfig, num_labels: int) -> ClassifierNetwor
 def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
     """Find the layout of a network's feature map and the names of its depths, and write them into `config.features`.
 
-    A forward pass on the meta device, which has shapes and no data, tells them. timm's depths are those of its
-    `feature_info`, transformers' its hidden states; the last is the map that the head reads, `"neck"` where layers of
-    other width follow the last stage.
+    A forward pass on the meta device, which has shapes and no data, tells them; where a network looks at data on its
+    way, one on the CPU. timm's depths are those of its `feature_info`, transformers' its hidden states; the last is the
+    map that the head reads, `"neck"` where layers of other width follow the last stage.
 
     Returns:
         Number of channels at each depth.
@@ -337,9 +342,17 @@ def describe_features(config: PreTrainedConfig, num_labels: int) -> list[int]:
     Raises:
         ValueError: on a network that does not return one map, or does not hand out its depths.
     """
-    with torch.device("meta"):
-        network = build_network(config, num_labels).eval().to("meta")
-        pixel_values = torch.empty(1, *network.image_shape)
+    try:
+        return _describe_features(config, num_labels, "meta")
+    except RuntimeError:
+        return _describe_features(config, num_labels, "cpu")
+
+
+@torch.no_grad()
+def _describe_features(config: PreTrainedConfig, num_labels: int, device: str) -> list[int]:
+    with torch.device(device):
+        network = build_network(config, num_labels).eval().to(device)
+        pixel_values = torch.zeros(1, *network.image_shape)
     if network.captures_depths:
         channels = network.depths(pixel_values)
         config.features = {"layout": "NCHW", "layers": list(channels)}

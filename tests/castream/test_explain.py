@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import pipeline
 from typer.testing import CliRunner
 
-from benchmarks.random_networks import write_random_source
+from benchmarks.random_networks import TRANSFORMERS, write_random_source
 from castream import explain_photos
 from castream.command import app
 from castream.contact_sheet import CELL, MARGIN, MOST_ROWS, ContactSheet
@@ -55,7 +55,7 @@ def test_answers_are_the_pipelines(photos, model_dir):
 
 
 @pytest.mark.parametrize(
-    "family", ["pp_lcnet", *(pytest.param(one, marks=pytest.mark.slow) for one in ("hgnet_v2", "levit", "swiftformer"))]
+    "family", [pytest.param(one, marks=() if one in ("pp_lcnet", "vit") else pytest.mark.slow) for one in TRANSFORMERS]
 )
 def test_a_classifier_that_was_never_converted(photos, tmp_path, family):
     source, _ = write_random_source(f"transformers:{family}", tmp_path / "source")

@@ -12,6 +12,7 @@ FAST = {  # one of each class
 # Classes, named as averaging, whose networks do something else.
 REFUSED = {
     "VGG": "its head runs pre_logits.fc1 (Conv2d) over the map before it pools",
+    "DeepseekVitClassifier": "crop_mode='border' of this classifier's preprocessing is not supported",
     "EfficientViM": "its classifier reads 4 of them",
     "EfficientViMDistilled": "its classifier reads 4 of them",
 }

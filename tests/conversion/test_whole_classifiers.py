@@ -17,6 +17,7 @@ from transformers import (
 
 from benchmarks.random_networks import TRANSFORMERS
 from modeling_castream import CAStreamForImageClassification, explain
+from modeling_castream.methods_castream import METHODS as TABLE
 from modeling_castream.network_castream import HEADS
 from tests.modeling_castream.tiny import METHODS
 
@@ -31,18 +32,29 @@ def test_every_type_of_the_table_has_a_row():
     assert {name.split(",")[0] for name in WHOLE} == {name for name in HEADS if name.islower()}
 
 
-ROWS = [*WHOLE, "hgnet_v2", "pp_lcnet"]
+HAS_ATTENTION = {"pvt": False, "cvt": False}  # their last blocks read patches that they have joined first
 
 
-@pytest.mark.parametrize("row", [*(f"transformers:{name}" for name in ROWS), "torchvision:mobilenet_v3_small"])
+def methods_of(config, pooling: str) -> list[str]:
+    """The saliency methods that exist for a model under a pooling."""
+    reads_token = config.source_readout == "token" or config.classifier_cls_token
+    positions = pooling == "ca" or config.source_pooling == "gap"
+    methods = [name for name in METHODS if name != "score_cam" and (positions or not TABLE[name].needs_positions)]
+    return methods + ["cls_attention"] * (reads_token and HAS_ATTENTION.get(config.backbone_config.model_type, True))
+
+
+@pytest.mark.parametrize("row", [*(f"transformers:{name}" for name in TRANSFORMERS), "torchvision:mobilenet_v3_small"])
 def test_explanations_and_a_training_step(convert_row, row):
     model = CAStreamForImageClassification.from_pretrained(convert_row(row).folder)
     assert len(model.config.stream_layers) > 1
-    for method in METHODS:
-        if method != "score_cam":
-            maps = explain(model, pixels(), target=3, method=method, normalize=False, relu=False)
-            assert maps.shape == (2, 64, 64) and maps.isfinite().all(), method
     torch.manual_seed(0)
+    for parameter in model.castream.stream.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    for pooling in ("source", "ca"):
+        for method in methods_of(model.config, pooling):
+            maps = explain(model, pixels(), 3, method, pooling, normalize=False, relu=False, upsample=False)
+            assert maps.isfinite().all(), method
+            assert maps[0].numel() == 1 or (maps.std((1, 2)) > 0).all(), (method, pooling)
     for parameter in model.castream.stream.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -57,6 +69,15 @@ def test_explanations_and_a_training_step(convert_row, row):
     assert all(key.startswith("castream.stream.") for key in moved)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_score_cam(convert_row, name):
+    model = CAStreamForImageClassification.from_pretrained(convert_row(f"transformers:{name}").folder)
+    for pooling in ("source", "ca"):
+        maps = explain(model, pixels(), 3, "score_cam", pooling, normalize=False, relu=False)
+        assert maps.shape == (2, 64, 64) and maps.isfinite().all()
+
+
 def test_dinat_does_not_run(tmp_path, monkeypatch):
     """What its refusal says of transformers, with functions that return what natten's do of (batch, heads, ...)."""
     config = DinatConfig(embed_dim=16, depths=[1], num_heads=[2], kernel_size=3, dilations=[[1]])
@@ -67,16 +88,19 @@ def test_dinat_does_not_run(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         DinatForImageClassification(config)(pixels())
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"\(dinat\) does not run: transformers' DiNAT takes rows for heads"):
+    with pytest.raises(ValueError, match=r"\(dinat\) does not run: transformers' network takes rows for heads"):
         load_source(str(tmp_path))
 
 
-def test_a_cvt_that_averages_does_not_run():
+def test_a_cvt_that_averages_does_not_run(tmp_path):
     """What its refusal says of transformers."""
     config = CvtConfig(embed_dim=[8, 16, 24], num_heads=[1, 2, 3], depth=[1, 2, 3], cls_token=[False] * 3)
     network = CvtForImageClassification(config).eval()
     with pytest.raises(IndexError):
         network(pixels())
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\(cvt\) does not run: transformers' network asks for a CLS token"):
+        load_source(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +111,7 @@ def test_a_cvt_that_averages_does_not_run():
         ("crossvit_tiny_240", {"depth": [[1, 1, 0]]}, "its classifier reads 2 of them"),
         ("resnet10t", {"global_pool": "max"}, "it takes the maximum over positions"),
         ("resnet10t", {"global_pool": "catavgmax"}, "it joins the mean and the maximum"),
-        ("vgg11", {}, r"its head runs pre_logits\.fc1 \(Conv2d\) on every position first"),
+        ("vgg11", {}, r"its head runs pre_logits\.fc1 \(Conv2d\) over the map before it pools"),
     ],
 )
 def test_timm_s_refusals_say_what_the_network_does(name, options, message):
