@@ -31,14 +31,8 @@ def _classifier(arguments: argparse.Namespace) -> str:
     images = _read_images(arguments.images)
     names = None if arguments.labels is None else read_labels(arguments.labels)
     source = load_source(arguments.source, arguments.checkpoint, ema=arguments.ema, labels=names)
-    parity = write_classifier(
-        source,
-        arguments.output,
-        images,
-        variant=arguments.variant,
-        init=arguments.init,
-        num_attention_heads=arguments.num_attention_heads,
-    )
+    options = {name: getattr(arguments, name) for name in ("variant", "init", "num_attention_heads")}
+    parity = write_classifier(source, arguments.output, images, **options)
     taken = f" ({source.taken} of {arguments.checkpoint})" if source.taken and arguments.checkpoint else ""
     return (
         f"{arguments.output}: pooling='source' is {arguments.source}{taken}; logits differ by at most "

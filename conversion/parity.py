@@ -67,8 +67,11 @@ def check_parity(
     images = [image.convert(mode) for image in (example_images() if images is None else images)]
     batches, pixels = [], 0.0
     for image in images:  # by themselves: a processor that keeps the aspect ratio gives each its own size
-        batches.append(source.transform([image]))
-        ours = torch.as_tensor(np.stack(image_processor(images=[image])["pixel_values"]))
+        try:
+            batches.append(source.transform([image]))
+            ours = torch.as_tensor(np.stack(image_processor(images=[image])["pixel_values"]))
+        except RuntimeError as error:  # torchvision's, of channels that do not fit
+            raise ValueError(f"the image processor makes no pixels of a picture in mode {mode}: {error}") from None
         same_size = ours.shape == batches[-1].shape
         pixels = max(pixels, (batches[-1] - ours).abs().max().item() if same_size else float("inf"))
     if not pixels <= TOLERANCE:

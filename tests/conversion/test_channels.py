@@ -31,3 +31,11 @@ def test_networks_of_one_and_four_channels_convert_and_explain(tmp_path, channel
 def test_a_processor_that_keeps_the_aspect_ratio_is_proved_image_by_image(tmp_path):
     write_source(tmp_path / "source", 3, do_center_crop=False)
     assert main(["classifier", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "model")]) == 0
+
+
+def test_a_processor_of_other_channels_is_refused_in_one_line(tmp_path, capsys):
+    write_source(tmp_path / "source", 4, do_convert_rgb=True)
+    assert main(["classifier", "--source", str(tmp_path / "source"), "--output", str(tmp_path / "model")]) == 2
+    error = capsys.readouterr().err
+    assert "the image processor makes no pixels of a picture in mode RGB" in error and error.count("\n") == 1
+    assert not (tmp_path / "model").exists()
