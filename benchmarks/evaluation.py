@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,10 +37,11 @@ def serve(options: argparse.Namespace) -> None:
 
     from modeling_castream import CAStreamForImageClassification
 
-    with suppress(ImportError):  # as the evaluation's command does, in versions that have it
+    try:  # as the evaluation's command does in either version
         from castream.artifacts.process import keep_freed_memory
-
-        keep_freed_memory()
+    except ModuleNotFoundError:
+        from castream.evaluation.allocator import keep_freed_memory  # its place up to a27b579
+    keep_freed_memory()
     torch.set_num_threads(options.threads)
     model = CAStreamForImageClassification.from_pretrained(options.model).eval()
     processor = AutoImageProcessor.from_pretrained(options.model)
