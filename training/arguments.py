@@ -115,7 +115,7 @@ class TrainingArguments:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: not")
     ema_decay: float = option(0.0, "of the exponential moving average of the weights, which is then saved; 0: off")
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = option(
-        "auto", "auto: what `accelerate config` says, or else bf16 where a trial finds it faster"
+        "auto", "auto: bf16 or fp16 if accelerate was told so, else bf16 where a trial finds it faster"
     )
     compile_backbone: bool = option(False, "compile the frozen backbone")
     seed: int = option(0, "of everything random")

@@ -14,10 +14,11 @@ from .run_folder import recorded_settings
 
 
 def choose_precision(args: TrainingArguments) -> TrainingArguments:
-    """The settings with `mixed_precision` decided, on all processes alike, and told in one line.
+    """The settings with `mixed_precision` decided, on all processes alike.
 
-    What `accelerate config` or its launcher says is taken, and so is what an earlier start of the run found. Otherwise
-    it is bf16 where that is faster here.
+    What an earlier start of the run found is taken, or the bf16 or fp16 that accelerate was told; its "no" says
+    nothing, since its launcher gives that where nobody said anything. Otherwise it is bf16 where a trial finds that
+    faster, which is then told in one line.
     """
     if args.mixed_precision != "auto":
         return args
