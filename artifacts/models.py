@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedConfig
 
-from modeling_castream import CAStreamForImageClassification, CAStreamImageProcessor
+from modeling_castream import CAStreamForImageClassification, CAStreamImageProcessor, CAStreamPatchImageProcessor
 
 UNFIT = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -55,9 +55,10 @@ def load_image_processor(source: str | os.PathLike) -> BaseImageProcessor:
     source = _expanded(source)
     try:
         saved, _ = BaseImageProcessor.get_image_processor_dict(source)
-        # ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
-        ours = str(saved.get("auto_map", {}).get("AutoImageProcessor")).endswith("CAStreamImageProcessor")
-        return (CAStreamImageProcessor if ours else AutoImageProcessor).from_pretrained(source)
+        # one of ours is saved as one that stands in for it where remote code may not run, to within a pixel of the crop
+        name = str(saved.get("auto_map", {}).get("AutoImageProcessor")).rpartition(".")[2]
+        ours = {one.__name__: one for one in (CAStreamImageProcessor, CAStreamPatchImageProcessor)}
+        return ours.get(name, AutoImageProcessor).from_pretrained(source)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the image processor of {source} does not load: {_one_line(error)}") from error
 

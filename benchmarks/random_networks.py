@@ -22,6 +22,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     PreTrainedConfig,
     ResNetConfig,
+    Siglip2ImageProcessor,
     SwinConfig,
     ViTImageProcessor,
 )
@@ -68,6 +69,7 @@ _WHOLE = {
     "regnet": {"embedding_size": 8, **_PYRAMID, "groups_width": 8},
     "segformer": _PVT,
     "siglip": {"vision_config": _VIT},
+    "siglip2": {"vision_config": {key: _VIT[key] for key in _VIT if key != "image_size"} | {"num_patches": 16}},
     "swiftformer": {"image_size": 64, "embed_dims": [16, 24, 32, 48], "depths": [1, 1, 2, 1]},
     "swinv2": _SWIN,
     "textnet": {},
@@ -190,6 +192,8 @@ def _transformers_folder(family: str, folder: Path) -> tuple[str, None]:
     square = {"height": _SIZE, "width": _SIZE}
     if family.startswith(("dinov2", "bit")):
         processor = BitImageProcessor(size={"shortest_edge": 80}, crop_size=square)
+    elif family == "siglip2":
+        processor = Siglip2ImageProcessor(patch_size=16, max_num_patches=16)
     elif family == "swin" or family in _WHOLE:
         processor = ViTImageProcessor(size=square)
     else:

@@ -95,12 +95,12 @@ def _record(inputs: dict[str, torch.Tensor], name: str, module: nn.Module, args:
         inputs[name] = args[0].flatten().sort().values  # whatever the order of the axes
 
 
-def _layer_inputs(model: nn.Module, names: set[str], pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+def _layer_inputs(model: nn.Module, names: set[str], *arguments) -> dict[str, torch.Tensor]:
     """Sorted inputs of the named submodules, in the order in which they run."""
     inputs = {}
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(_record, inputs, name)) for name in names]
     try:
-        model(pixel_values)
+        model(*arguments)
     finally:
         for hook in hooks:
             hook.remove()
@@ -115,7 +115,7 @@ def first_difference(
     Inputs, as some networks count the activation behind a layer as a part of it and others do not.
     """
     pairs = {name.rpartition(".")[0]: targets[0].rpartition(".")[0] for name, targets in renamed.items()}
-    theirs = _layer_inputs(source.model, set(pairs), pixel_values)
+    theirs = _layer_inputs(source.model, set(pairs), *source.arguments(pixel_values))
     ours = _layer_inputs(model, set(pairs.values()), pixel_values)
     previous = "the image"
     for name, expected in theirs.items():

@@ -29,6 +29,7 @@ class Source:
         rules: ordered table from the classifier's state_dict names to CAStreamForImageClassification's.
         image_processor: what the converted model's folder gets.
         transform: the classifier's own preprocessing, list of RGB images -> (batch_size, 3, height, width).
+        arguments: what the classifier takes for such a batch.
         state: its weights by name, in the form the converted model takes; None: `model.state_dict()`.
         taken: which weights of a file these are, where there is one.
     """
@@ -39,6 +40,7 @@ class Source:
     rules: Rules
     image_processor: BaseImageProcessor
     transform: Callable[[list[Image.Image]], torch.Tensor]
+    arguments: Callable[[torch.Tensor], tuple] = lambda pixel_values: (pixel_values,)
     state: dict[str, torch.Tensor] | None = None
     taken: str | None = None
 
@@ -48,5 +50,5 @@ class Source:
     def logits(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Scores (batch_size, num_labels) of the classifier."""
         with torch.no_grad():
-            output = self.model(pixel_values)
+            output = self.model(*self.arguments(pixel_values))
         return output if isinstance(output, torch.Tensor) else output[0]  # PP-LCNet calls them last_hidden_state

@@ -2,6 +2,7 @@
 
 import os
 import re
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_castream.network_castream import HEADS, head_of
+from modeling_castream.image_processing_castream import CAStreamPatchImageProcessor, join_patches
+from modeling_castream.network_castream import HEADS, head_of, network_arguments
 
 from .source import BACKBONE, CLASSIFIER, HEAD, NECK, Rules, Source
 from .timm_sources import describe_wrapper
@@ -72,7 +74,6 @@ _READERS = {  # what classifiers do that neither average nor read a vector besid
     "imagegpt": "it reads sequences of colours, not images",
     "perceiver": "it reads a learned query's output",
     "shieldgemma2": "it is a language model that answers yes or no",
-    "siglip2": "it reads lists of patches that its processor cuts out, not images (SigLIP 2 of a fixed size is siglip)",
 }
 
 
@@ -154,18 +155,18 @@ def describe_transformers(model: PreTrainedModel, image_processor) -> Source:
     backbone.architectures = [type(model).__name__]  # of several of its type it is that one
     if model.config.model_type in FAMILIES:
         backbone.out_features = list(backbone.stage_names)
-    return Source(
+    copied = {name: getattr(model.config, name) for name in ("id2label", "label2id", "problem_type")}
+    source = Source(
         family=f"transformers {model.config.model_type}",
         model=model,
-        config={
-            "backbone_config": backbone,
-            "id2label": model.config.id2label,
-            "label2id": model.config.label2id,
-            "problem_type": model.config.problem_type,
-            **_layers(model.config),
-        },
+        config={"backbone_config": backbone, **copied, **_layers(model.config)},
         rules=_rules(model.config),
         image_processor=image_processor,
         state=_adapt_state(model),
         transform=lambda images: torch.as_tensor(np.stack(image_processor(images=images)["pixel_values"])),
     )
+    if model.config.model_type == "siglip2":  # its processor cuts images into patches
+        processor = CAStreamPatchImageProcessor.from_dict(image_processor.to_dict())
+        source.image_processor, source.arguments = processor, partial(network_arguments, model.config)
+        source.transform = lambda images: torch.stack(join_patches(image_processor(images), processor.patch_size))
+    return source

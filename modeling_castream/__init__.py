@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_castream import CAStreamConfig
-from .image_processing_castream import CAStreamImageProcessor
+from .image_processing_castream import CAStreamImageProcessor, CAStreamPatchImageProcessor
 from .modeling_castream import CAStreamForImageClassification, CAStreamModel
 from .pipeline_castream import ImageExplanationPipeline
 from .saliency_castream import explain
@@ -17,6 +17,7 @@ CAStreamConfig.register_for_auto_class()
 CAStreamModel.register_for_auto_class("AutoModel")
 CAStreamForImageClassification.register_for_auto_class("AutoModelForImageClassification")
 CAStreamImageProcessor.register_for_auto_class()
+CAStreamPatchImageProcessor.register_for_auto_class()
 AutoConfig.register("castream", CAStreamConfig, exist_ok=True)
 AutoModel.register(CAStreamConfig, CAStreamModel, exist_ok=True)
 AutoModelForImageClassification.register(CAStreamConfig, CAStreamForImageClassification, exist_ok=True)
@@ -30,6 +31,7 @@ __all__ = [
     "CAStreamForImageClassification",
     "CAStreamImageProcessor",
     "CAStreamModel",
+    "CAStreamPatchImageProcessor",
     "ImageExplanationPipeline",
     "explain",
 ]

@@ -191,6 +191,7 @@ class Head:
         classifiers: the last linear layer, or several whose logits are averaged.
         reads_token: whether the classifier reads the first token, and a second one the second, instead of an average.
         other_states: hidden states at the end that are the last block's.
+        takes_patches: whether the network reads lists of patches, of images of any size.
     """
 
     base: str | None = None
@@ -200,6 +201,7 @@ class Head:
     classifiers: tuple[str, ...] = ("classifier",)
     reads_token: bool = False
     other_states: int = 1
+    takes_patches: bool = False
 
 
 # By type, or by class where one of a type's classes differs.
@@ -230,6 +232,7 @@ HEADS = {
     "regnet": Head(classifiers=("classifier.1",)),
     "segformer": Head(),
     "siglip": Head(base="vision_model"),
+    "siglip2": Head(base="vision_model", takes_patches=True),
     "swiftformer": Head(before="norm", classifiers=("head", "dist_head")),
     "swinv2": Head(),
     "textnet": Head(classifiers=("fc",)),
@@ -243,6 +246,31 @@ def head_of(config: PreTrainedConfig) -> Head:
     if not getattr(config, "use_mean_pooling", True):  # of BEiT and its relatives
         return Head(prefix_tokens=1, reads_token=True)
     return HEADS.get((config.architectures or [None])[0]) or HEADS[config.model_type]
+
+
+def network_arguments(config: PreTrainedConfig, pixel_values: torch.Tensor) -> tuple:
+    """What a classifier of transformers takes, in its order, for images.
+
+    Args:
+        config: of one of the types of `HEADS`.
+        pixel_values: (batch_size, num_channels, height, width).
+
+    Returns:
+        The images; or their patches (batch_size, num_patches, patch_size * patch_size * num_channels) row by row, no
+        mask, since no patch is padding, and the one (num_rows, num_columns) of all images.
+
+    Raises:
+        ValueError: on images that can't be cut into patches.
+    """
+    if not head_of(config).takes_patches:
+        return (pixel_values,)
+    size, (height, width) = config.vision_config.patch_size, pixel_values.shape[-2:]
+    if height % size or width % size:
+        raise ValueError(f"pixel_values: height and width must be multiples of {size}, got {height} x {width}.")
+    patches = pixel_values.unflatten(3, (width // size, size)).unflatten(2, (height // size, size))
+    patches = patches.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    # on the CPU, since networks look at these numbers
+    return patches, None, torch.tensor([[height // size, width // size]], device="cpu")
 
 
 class TransformersNetwork(ClassifierNetwork, nn.Module):
@@ -282,6 +310,8 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
         """(num_channels, height, width) of the images that the network is made for."""
         config = getattr(self.config, "vision_config", self.config)
         size = getattr(config, "image_size", None) or 224
+        if self.head.takes_patches:
+            size = math.isqrt(config.num_patches) * config.patch_size
         return getattr(config, "num_channels", 3), *((size, size) if isinstance(size, int) else size)
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -292,7 +322,8 @@ class TransformersNetwork(ClassifierNetwork, nn.Module):
     def all_depths(self, pixel_values: torch.Tensor, inner: bool = True) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """What is pooled, in the network's own layout, and the maps of all depths before it if `inner`."""
         base = self.network.get_submodule(self.head.base) if self.head.base else self.network.base_model
-        output = base(pixel_values, output_hidden_states=inner, return_dict=True)
+        arguments = network_arguments(self.config, pixel_values)
+        output = base(*arguments, output_hidden_states=inner, return_dict=True)
         features = output.last_hidden_state
         if (cls_token := getattr(output, "cls_token_value", None)) is not None:  # CvT's, apart from its map
             features = torch.cat([cls_token, features.flatten(2).transpose(1, 2)], dim=1)
@@ -384,4 +415,11 @@ def _describe_features(config: PreTrainedConfig, num_labels: int, device: str) -
     return [*(one.shape[1] for one in maps), num_channels]
 
 
-__all__ = ["ClassifierNetwork", "TimmNetwork", "TransformersNetwork", "build_network", "describe_features"]
+__all__ = [
+    "ClassifierNetwork",
+    "TimmNetwork",
+    "TransformersNetwork",
+    "build_network",
+    "describe_features",
+    "network_arguments",
+]

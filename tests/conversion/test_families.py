@@ -46,6 +46,12 @@ save_file(results, "results.safetensors")
 """
 
 
+def two_pictures() -> list[Image.Image]:
+    """Of one size, so that a processor that keeps the aspect ratio makes a batch of them."""
+    landscape, portrait = example_images()[:2]
+    return [landscape, portrait.transpose(Image.Transpose.ROTATE_90)]
+
+
 def source_model(converted):
     """The source's own code and weights, loaded without the conversion's help."""
     kind, _, name = converted.source.partition(":")
@@ -69,8 +75,11 @@ def test_a_converted_classifier_is_its_source(convert_row, row):
         return  # its source is compared on photos, below
     source, model = source_model(converted), CAStreamForImageClassification.from_pretrained(converted.folder)
     processor = AutoImageProcessor.from_pretrained(converted.folder, trust_remote_code=True)
-    pixel_values = torch.as_tensor(np.stack(processor(images=example_images()[:2])["pixel_values"]))
-    expected = source(pixel_values)
+    pixel_values = torch.as_tensor(np.stack(processor(images=two_pictures())["pixel_values"]))
+    if row.startswith("transformers:"):
+        expected = source(**AutoImageProcessor.from_pretrained(converted.source)(two_pictures(), return_tensors="pt"))
+    else:
+        expected = source(pixel_values)
     expected = expected if isinstance(expected, torch.Tensor) else expected[0]
     scale = max(1.0, expected.abs().max().item())
     assert (expected[0] - expected[1]).abs().max() > 1e-3 * scale  # a dead network would agree with anything
@@ -93,7 +102,7 @@ def _compare_with_a_fresh_process(convert_row, rows, folder):
     converted = [convert_row(row) for row in rows]
     for number, each in enumerate(converted):
         processor = AutoImageProcessor.from_pretrained(each.folder, trust_remote_code=True)
-        pixel_values = torch.as_tensor(np.stack(processor(images=example_images()[:2])["pixel_values"]))
+        pixel_values = torch.as_tensor(np.stack(processor(images=two_pictures())["pixel_values"]))
         save_file({"pixel_values": pixel_values.contiguous()}, folder / f"inputs{number}.safetensors")
     run_fresh(f"FOLDERS = {[str(each.folder) for each in converted]!r}\n" + LOAD_AND_SAVE_AGAIN, folder)
     results = load_file(folder / "results.safetensors")
