@@ -115,7 +115,8 @@ def _describe(results: dict) -> str:
     ]
     if sample.get("images_without_label"):
         count = _count(sample["images_without_label"], "has no label", "have no label")
-        sentences.append(f"{count}: the predicted class is explained.")
+        explained = "second" if settings["target"] == "second" else "predicted"
+        sentences.append(f"{count}: the {explained} class is explained.")
     if results.get("note"):
         sentences.append(results["note"])
     if sample.get("skipped"):

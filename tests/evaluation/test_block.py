@@ -390,11 +390,13 @@ def test_settings_are_checked(settings, message):
 
 
 def test_the_second_class_is_explained_by_its_own_map():
-    model, examples = small_model(evidence_queries=["memory"]), small_examples(3)
+    model = small_model(evidence_queries=["memory"])
+    examples = [example | {"label": None} for example in small_examples(3)]
     settings = EvaluationSettings(
         methods=("evidence", "grad_cam"), poolings=("gap",), metrics=("average_drop",), target="second", num_examples=3
     )
     report = evaluate_saliency(model, small_processor(), examples, settings)
+    assert "have no label: the second class is explained." in report.markdown()
     for index, example in enumerate(examples):
         pixel_values = small_processor()(example["image"], return_tensors="pt").pixel_values
         with torch.no_grad():
