@@ -42,6 +42,8 @@ NETWORKS = {"ResNet-50": resnet50, "EfficientNet-Lite0": efficientnet_lite0}
 def pooled_layer(model: CAStreamForImageClassification) -> nn.Module:
     """The module whose output is pooled, as the peers need it."""
     backbone = model.castream.backbone
+    if model.config.neck_layers:
+        return model.castream.neck
     return backbone.timm_model.bn2 if hasattr(backbone, "timm_model") else backbone.encoder.stages[-1]
 
 
