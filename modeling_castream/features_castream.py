@@ -4,7 +4,7 @@ Nothing here touches the model: no hook, no `requires_grad`, no mode that is not
 within `evaluating(model)`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -19,12 +19,12 @@ from .configuration_castream import resolve_pooling
 
 # The model that `evaluating` holds in eval mode, in this thread or task.
 _evaluated: ContextVar[nn.Module | None] = ContextVar("castream_evaluated", default=None)
-# Nodes of autograd that only move numbers: what a backbone does to a map between carrying it on and returning it.
+# Nodes of autograd that only move or convert numbers: what becomes of a map between where it is carried on and here.
 _LAYOUT_NODES = {
     f"{name}Backward0"
     for name in (
-        *("Alias", "Clone", "Permute", "ReshapeAlias", "Slice", "Squeeze", "Transpose", "UnsafeView"),
-        *("Unsqueeze", "View"),
+        *("Alias", "Clone", "Permute", "ReshapeAlias", "Slice", "Squeeze", "ToCopy", "Transpose"),
+        *("UnsafeView", "Unsqueeze", "View"),
     )
 }
 
@@ -91,7 +91,7 @@ class Features:
 
     model: nn.Module
     pixel_values: torch.Tensor
-    feature_maps: tuple[torch.Tensor, ...]
+    feature_maps: Sequence[torch.Tensor]
     cls_token: torch.Tensor | None
     autocast_dtype: torch.dtype | None = None
     evidence_features: tuple[torch.Tensor, ...] = ()
@@ -172,14 +172,31 @@ def _has_evidence(model: nn.Module) -> bool:
 
 def run_backbone(
     model: nn.Module, pixel_values: torch.Tensor, autocast_dtype: torch.dtype | None
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
-    """Feature maps and CLS token, brought back from autocast's dtype to the model's."""
+) -> tuple[Sequence[torch.Tensor], torch.Tensor | None]:
+    """Feature maps and CLS token, in the model's dtype whatever autocast's is."""
     pixel_values = _channels_last(pixel_values)
     folding = getattr(model.castream, "folding", nullcontext)  # a model of an earlier version's code has none
     with torch.autocast(model.device.type, autocast_dtype, enabled=autocast_dtype is not None), folding():
         feature_maps, cls_token = model.castream.extract_features(pixel_values)
     cls_token = None if cls_token is None else cls_token.to(model.dtype)
-    return tuple(feature_map.to(model.dtype) for feature_map in feature_maps), cls_token
+    return _InDtype(feature_maps, model.dtype), cls_token
+
+
+class _InDtype(Sequence):
+    """Feature maps of autocast's dtype in another one: each is converted when it is read, as few readers read all, and
+    the pooled one, which all of them read, at once."""
+
+    def __init__(self, feature_maps: Sequence[torch.Tensor], dtype: torch.dtype):
+        pooled = [feature_map.to(dtype) for feature_map in feature_maps[-1:]]
+        self._dtype, self._maps = dtype, (*feature_maps[:-1], *pooled)
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def __getitem__(self, index: int | slice) -> "torch.Tensor | _InDtype":
+        if isinstance(index, slice):
+            return _InDtype(self._maps[index], self._dtype)
+        return self._maps[index].to(self._dtype)
 
 
 def _channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -190,7 +207,7 @@ def _channels_last(pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def pool_and_classify(
-    model: nn.Module, feature_maps: tuple[torch.Tensor, ...], cls_token: torch.Tensor | None, pooling: str
+    model: nn.Module, feature_maps: Sequence[torch.Tensor], cls_token: torch.Tensor | None, pooling: str
 ) -> Pooled:
     """The part of the forward pass that differs between poolings."""
     pooler_output, attention_maps = model.castream.pool_features(feature_maps, pooling)

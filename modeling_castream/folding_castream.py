@@ -4,9 +4,9 @@ In eval mode a batch norm is a scale and a shift per channel, so that the convol
 
     BN(W * x + b) = (s W) * x + s (b - mean) + shift,    s = weight / sqrt(var + eps)
 
-On a CPU, activations are fused with the convolutions, too (`fusing_castream`). The copy is made once per backbone and
-made again when a weight of the original changes. Within `folding()` a model's `extract_features` runs it, unless
-something asks for a gradient through the backbone.
+On a CPU, activations and sums are fused with the convolutions, too (`fusing_castream`). The copy is made once per
+backbone and made again when a weight of the original changes. Within `folding()` a model's `extract_features` runs it,
+unless something asks for a gradient through the backbone.
 """
 
 import copy
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_weights
 
-from .fusing_castream import find_followers, fuse_activations
+from .fusing_castream import find_followers, fuse
 
 _TOLERANCE = 1e-4  # of the largest value that comes out: rounding stays far below, a wrong pair far above
 
@@ -68,13 +68,14 @@ def _state(backbone: nn.Module) -> tuple:
 
 @torch.no_grad()
 def _inference_copy(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
-    """A copy with folded batch norms and fused activations; None where there is nothing to fold."""
-    twin = fold_batch_norms(backbone, pixel_values)
+    """A copy with folded batch norms and fused activations and sums; None where there is nothing to fold."""
+    twin, expected = _fold(backbone, pixel_values.cpu())
     if twin is None:
         return None
+    if pixel_values.device.type != "cpu" or not fuse(twin):
+        return fold_batch_norms(backbone, pixel_values)
     try:
-        expected = fuse_activations(twin, pixel_values)
-        fits = expected is None or _agree(twin, pixel_values, expected)
+        fits = _agree(twin, pixel_values, expected)
     except (AttributeError, RuntimeError, TypeError):  # of a network that does more with a convolution than call it
         fits = False
     return twin if fits else fold_batch_norms(backbone, pixel_values)
@@ -96,19 +97,23 @@ def fold_batch_norms(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Modu
         The copy; None where nothing can be folded, or where the copy computes something else (a convolution whose
         output goes elsewhere, too).
     """
-    if not any(_is_scale_and_shift(module) for module in backbone.modules()):
-        return None
     device, pixel_values = pixel_values.device, pixel_values.cpu()
+    twin, expected = _fold(backbone, pixel_values)
+    return twin.to(device) if twin is not None and _agree(twin, pixel_values, expected) else None
+
+
+@torch.no_grad()
+def _fold(backbone: nn.Module, pixel_values: torch.Tensor) -> tuple[nn.Module | None, object]:
+    """A copy on the CPU that may compute something else, and what the original computes; None where nothing folds."""
+    if not any(_is_scale_and_shift(module) for module in backbone.modules()):
+        return None, None
     twin = copy.deepcopy(backbone).cpu().eval().requires_grad_(False)
-    with torch.no_grad():
-        pairs, expected = find_followers(twin, pixel_values, _is_scale_and_shift)
-        if not pairs:
-            return None
-        for convolution, (parent, name, norm) in pairs:
-            weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *weights)
-            setattr(parent, name, _after_scale_and_shift(norm))
-    return twin.to(device) if _agree(twin, pixel_values, expected) else None
+    pairs, expected = find_followers(twin, pixel_values, _is_scale_and_shift)
+    for convolution, (parent, name, norm) in pairs:
+        weights = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        convolution.weight, convolution.bias = fuse_conv_bn_weights(convolution.weight, convolution.bias, *weights)
+        setattr(parent, name, _after_scale_and_shift(norm))
+    return (twin if pairs else None), expected
 
 
 @torch.no_grad()

@@ -488,6 +488,16 @@ def test_bfloat16_model(method):
     assert torch.corrcoef(torch.stack([maps.flatten(), expected.flatten()]))[0, 1] > 0.9
 
 
+@pytest.mark.parametrize("method", ["grad_cam", "hires_cam", "layer_cam", "xgrad_cam"])
+def test_autocast_at_inner_layers(method):
+    model, pixel_values = MODELS["resnet"](), pixels()
+    expected = explain(model, pixel_values, TARGET, method, layer=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        maps = explain(model, pixel_values, TARGET, method, layer=1)
+    assert maps.dtype == torch.float32 and not torch.equal(maps, expected)
+    assert torch.corrcoef(torch.stack([maps.flatten(), expected.flatten()]))[0, 1] > 0.95
+
+
 def test_score_cam_in_bfloat16():
     model, pixel_values = MODELS["neck"](), pixels()
     expected = explain(model, pixel_values, TARGET, "score_cam")
