@@ -158,13 +158,14 @@ class Explainer:
         return [found[answer["pooling"]][index, class_id].item() for index, answer in enumerate(answers)]
 
     def _probabilities(self, pictures: list[Image.Image], poolings: list[str]) -> dict[str, torch.Tensor]:
-        """Pooling -> (num_pictures, num_labels)."""
-        model = self.pipe.model
+        """Pooling -> (num_pictures, num_labels), of one pass through the backbone."""
+        model, castream = self.pipe.model, self.pipe.model.castream
         pixel_values = self.pipe.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        pixel_values = pixel_values.to(model.device, model.dtype)
-        folding = getattr(model.castream, "folding", nullcontext)  # an earlier version's code has none
+        folding = getattr(castream, "folding", nullcontext)  # an earlier version's code has none
         with torch.no_grad(), folding():
-            logits = {pooling: model(pixel_values, pooling=pooling).logits.float() for pooling in poolings}
+            feature_maps, cls_token = castream.extract_features(pixel_values.to(model.device, model.dtype))
+            pooled = {pooling: castream.pool_features(feature_maps, pooling)[0] for pooling in poolings}
+            logits = {pooling: model.classify(one, cls_token).float() for pooling, one in pooled.items()}
         return {pooling: model.probabilities(values) for pooling, values in logits.items()}
 
 
