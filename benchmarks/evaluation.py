@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--photos", required=True, help="a folder of JPEGs")
     parser.add_argument("--other", default=sys.executable, help="the other castream's Python")
     parser.add_argument("--max-photos", type=int, default=16)
-    parser.add_argument("--batch-size", type=int, default=16, help="auto evaluates the first block in float32, too")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per forward pass")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--serve", help=argparse.SUPPRESS)

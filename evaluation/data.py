@@ -63,6 +63,11 @@ class Block:
     pixel_values: torch.Tensor | None = None
     skipped: list[dict] = field(default_factory=list)
 
+    def first(self, count: int) -> "Block":
+        """The first `count` of its images, or all of fewer."""
+        parts = (self.indices, self.ids, self.labels, self.masks, self.images, self.pixel_values)
+        return Block(self.number, *(part[:count] for part in parts))
+
 
 class Preprocessor:
     """An image processor, and the affine map between its output and pixel space, which is measured.
@@ -145,7 +150,7 @@ def _with_classes(split: Split, id2label: dict[int, str] | None) -> Split:
     try:
         return split.match_classes(id2label)
     except UnknownClassesError as error:
-        return split.without_labels(f"{error} The predicted classes are explained.")
+        return split.without_labels(str(error))
 
 
 @dataclass

@@ -29,6 +29,7 @@ from .summary import summarize
 
 SECONDS_PER_PART = 30
 MAX_SKIPPED_SHARE = 0.01
+COMPARED_IMAGES = 4  # in both precisions; a table has dozens of values for each of them
 MIN_SEEN = 100  # images before the share of skipped ones means anything, where the total is unknown
 
 
@@ -74,10 +75,15 @@ def evaluate_saliency(
     examples = read_examples(examples, dataset_name, model.config.id2label)
     _check_columns(examples, settings)
     store = _open_store(output_dir, settings, model, image_processor, examples, accelerator)
-    preprocessor = Preprocessor(image_processor, num_input_channels(model.config))
-    run = _Run(model, preprocessor, examples, settings, accelerator, store)
-    with _on(accelerator.device, model):
-        report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
+    try:
+        preprocessor = Preprocessor(image_processor, num_input_channels(model.config))
+        run = _Run(model, preprocessor, examples, settings, accelerator, store)
+        with _on(accelerator.device, model):
+            report = run.report(model_name or model.config.name_or_path or type(model).__name__, command)
+    except ValueError:  # of what cannot be evaluated: what can shall find the folder free
+        if store is not None and accelerator.is_main_process:
+            store.release()
+        raise
     run.write(report)
     return report
 
@@ -261,8 +267,9 @@ class _Run:
         with _naming(block):
             rows, maps = evaluate_block(scorer, block)
             if block.number == 0 and scorer.settings.autocast != "off":  # the main process's
-                exact, _ = evaluate_block(self._scorer(scorer.temperature, "off"), block)
-                self._note_precision(rows, exact)
+                compared = block.first(COMPARED_IMAGES)
+                exact, _ = evaluate_block(self._scorer(scorer.temperature, "off"), compared)
+                self._note_precision([row for row in rows if row["index"] in compared.indices], exact)
         self._keep_examples(block, rows, maps)
         return Part.of_block(block.number, rows, block.skipped)
 

@@ -195,6 +195,12 @@ class Store:
         except OSError as error:
             raise ValueError(f"output_dir {self.folder} cannot be used: {error}.") from None
 
+    def release(self) -> None:
+        """Give the folder up again if nothing is finished in it."""
+        if not self.parts():
+            (self.folder / "evaluation.json").unlink(missing_ok=True)
+            shutil.rmtree(self.partial, ignore_errors=True)
+
     def _check(self, found: dict) -> None:
         names = [name for name in self.identity | found if self.identity.get(name) != found.get(name)]
         if names:

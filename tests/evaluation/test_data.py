@@ -140,7 +140,7 @@ def test_classes_that_are_none_of_the_models_are_no_labels():
     assert [row["label"] for row in examples] == [None] and "label" not in examples.columns
     assert examples.note == (
         "d has 2 classes (holiday, ...), and the model 2 (ant, ...), and none is called alike: give them the same "
-        "names. The predicted classes are explained."
+        "names."
     )
 
 

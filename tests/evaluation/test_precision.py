@@ -16,7 +16,7 @@ def processor(monkeypatch, prefers: bool) -> None:
 
 
 def evaluate(folder=None, **settings):
-    settings = EvaluationSettings(methods=("grad_cam",), metrics=METRICS, batch_size=4, **settings)
+    settings = EvaluationSettings(methods=("grad_cam",), metrics=METRICS, batch_size=6, **settings)
     return evaluate_saliency(small_model(), small_processor(), small_examples(6), settings, folder)
 
 

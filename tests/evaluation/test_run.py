@@ -119,6 +119,17 @@ def test_a_dataset_that_changed_is_refused(tmp_path, count, message):
         run(tmp_path, settings, small_examples(count))
 
 
+def test_a_folder_is_free_after_a_refusal_unless_something_is_finished_in_it(tmp_path):
+    refused = EvaluationSettings(methods=("evidence",), metrics=("average_drop",))
+    with pytest.raises(ValueError, match="evidence"):
+        run(tmp_path, refused)
+    assert not list(tmp_path.iterdir())
+    run(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        run(tmp_path, refused)
+    assert (tmp_path / "evaluation.json").exists()
+
+
 def test_a_run_killed_while_it_wrote_its_report_goes_on(tmp_path, monkeypatch):
     """The table is there, the results are not, and a file is half-written."""
     whole = run(tmp_path / "whole")
