@@ -15,7 +15,7 @@ from .table import reference_map, table_rows
 
 PACKAGES = ("castream", "torch", "transformers", "datasets", "accelerate", "evaluate", "numpy", "pillow", "timm")
 # Values whose intervals wait to be computed together: bounds memory to some tens of MB.
-MAX_HELD = 2**21
+MAX_HELD = 2**20
 # Which rows of CA are compared with which rows of GAP.
 PAIRS = (
     ("", ""),

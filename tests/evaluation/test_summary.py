@@ -143,9 +143,9 @@ print(len(rows), peak / 2**20)
 
 @pytest.mark.slow
 def test_a_long_table_stays_on_disk(tmp_path):
-    """All controls and metrics of three methods: 48 rows for each of 50,000 images in less than 300 MiB."""
+    """All controls and metrics of three methods: 51 rows for each of 50,000 images in less than 300 MB."""
     command = [sys.executable, "-c", SIMULATION, "50000", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stderr
     rows, growth = run.stdout.split()
-    assert int(rows) == 48 and float(growth) < 300
+    assert int(rows) == 51 and float(growth) < 286
