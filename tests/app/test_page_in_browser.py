@@ -99,7 +99,8 @@ class Visitor:
         for flag in (*FLAGS, f"--user-data-dir={profile}", f"--window-size={width},{height}"):
             options.add_argument(flag)
         options.add_experimental_option("prefs", {"download.default_directory": str(profile / "downloads")})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+        # on a busy machine it may not start within its own minute
+        self.driver = wait(lambda: webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER)), 150)
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]

@@ -8,7 +8,9 @@ import unicodedata
 import zipfile
 from pathlib import Path
 
+import datasets
 import fsspec
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -360,7 +362,8 @@ def test_zip_archives_and_addresses(tmp_path):
 
 @pytest.mark.parametrize("name", ["nowhere/photos", "./nowhere", "nowhere.parquet", "imagefolder", "memory://nowhere"])
 def test_what_is_not_there_is_one_line(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for settings in (datasets.config, huggingface_hub.constants):  # read from the environment when imported
+        monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     assert name in refused(name)
 
 
