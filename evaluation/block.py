@@ -209,7 +209,11 @@ def _score_constant(scorer: Scorer, images: torch.Tensor, target: torch.Tensor) 
 
 
 def score_map(scorer: Scorer, items: Items, saliency: torch.Tensor, ends: CurveEnds | None) -> MapScores:
-    """Mask and perturb the items' images by a map and score them; without `ends` only mask."""
+    """Mask and perturb the items' images by a map and score them; without `ends` only mask.
+
+    A map's masked images pass by themselves, in a batch as large as that of the unmasked ones: another size may change
+    the last bits of a convolution, and a map of ones would then increase the probability of every other image.
+    """
     settings = scorer.settings
     upsampled = upsample_saliency(saliency, items.images.shape[2:])
     scores = MapScores(upsampled, None, {}, {})
