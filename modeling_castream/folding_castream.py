@@ -11,7 +11,7 @@ unless something asks for a gradient through the backbone.
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from threading import Lock
 from weakref import WeakKeyDictionary
@@ -69,16 +69,13 @@ def _state(backbone: nn.Module) -> tuple:
 @torch.no_grad()
 def _inference_copy(backbone: nn.Module, pixel_values: torch.Tensor) -> nn.Module | None:
     """A copy with folded batch norms and fused activations and sums; None where there is nothing to fold."""
-    twin, expected = _fold(backbone, pixel_values.cpu())
-    if twin is None:
-        return None
-    if pixel_values.device.type != "cpu" or not fuse(twin):
-        return fold_batch_norms(backbone, pixel_values)
-    try:
-        fits = _agree(twin, pixel_values, expected)
-    except (AttributeError, RuntimeError, TypeError):  # of a network that does more with a convolution than call it
-        fits = False
-    return twin if fits else fold_batch_norms(backbone, pixel_values)
+    # raised by a network that does more with its convolutions than call them
+    with suppress(AttributeError, RuntimeError, TypeError):
+        if pixel_values.device.type == "cpu":
+            twin, expected = _fold(backbone, pixel_values)
+            if twin is not None and fuse(twin) and _agree(twin, pixel_values, expected):
+                return twin
+    return fold_batch_norms(backbone, pixel_values)
 
 
 def _dtype(backbone: nn.Module) -> torch.dtype:
