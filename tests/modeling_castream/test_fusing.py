@@ -173,6 +173,18 @@ def test_whatever_a_network_does_with_a_convolution(use):
     assert any(isinstance(module, FusedConvolution) for module in twin.modules())
 
 
+def test_what_is_changed_before_a_waiting_convolution_reads_it_is_not_fused():
+    def use(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        return one.mul_(2) + two  # `two` reads `one` as it was
+
+    network = trained(Unusual(use))
+    with torch.no_grad(), folding():
+        for _ in range(2):
+            twin = inference_backbone(network, PIXELS)
+            torch.testing.assert_close(twin(PIXELS), network(PIXELS), rtol=1e-4, atol=1e-5)
+    assert twin is not network and not any(isinstance(module, FusedConvolution) for module in twin.modules())
+
+
 def test_a_convolution_in_two_places_is_one():
     network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Sequential(nn.ReLU()))
     network[1].append(network[0])
